@@ -1,0 +1,297 @@
+"""Fake quantization: values on the grid, gradients as if they were not (STE), or with learned scales (LSQ)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.numerics import (
+    MIN_SCALE,
+    calc_qparams,
+    dequantize_rows,
+    dynamic_qparams,
+    from_groups,
+    max_value,
+    qparams_shape,
+    qrange,
+    quantize_rows,
+    to_groups,
+)
+from lightning_quant.observers import make_observer
+from lightning_quant.spec import QuantSpec
+
+METHODS = ("ste", "lsq")
+
+
+class _RoundTrip(torch.autograd.Function):
+    """Quantize and dequantize rows; the gradient passes where |x| <= bound (bound None: everywhere)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, bound: Tensor | None) -> Tensor:
+        ctx.mask = None if bound is None else rows.abs() <= bound
+        return dequantize_rows(quantize_rows(rows, scale, zero_point, spec), scale, zero_point, spec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return (grads[0] if ctx.mask is None else grads[0] * ctx.mask), None, None, None, None
+
+
+class _LSQ(torch.autograd.Function):
+    """LSQ (Esser et al. 2020, arXiv:1902.08153, section 2.1) and, for the zero point, LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_factor: float) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.limits, ctx.grad_factor = (qmin, qmax), grad_factor
+        offset = zero_point.round().clamp(qmin, qmax)
+        return ((x * (1.0 / scale)).round_().add_(offset).clamp_(qmin, qmax) - offset) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        (qmin, qmax), grad = ctx.limits, grads[0]
+        offset = zero_point.round().clamp(qmin, qmax)
+        ratio = x * (1.0 / scale)
+        level = ratio.round().add_(offset)
+        inside = (level >= qmin) & (level <= qmax)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[1]:
+            slope = level.clamp_(qmin, qmax).sub_(offset).sub_(ratio * inside)
+            grad_scale = (grad * slope).sum_to_size(scale.shape) * ctx.grad_factor
+        if ctx.needs_input_grad[2]:
+            grad_zero_point = (grad * ~inside * -scale).sum_to_size(zero_point.shape) * ctx.grad_factor
+        return grad_x, grad_scale, grad_zero_point, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, axis: int = 0) -> Tensor:
+    """Quantize and dequantize, with the straight-through estimator: the gradient is 1 inside the range and 0 outside.
+
+    Integers go through `torch.fake_quantize_per_*_affine`. Computed in float32, returned in `x`'s dtype.
+
+    Args:
+        x: float, any shape.
+        scale, zero_point: float32 and int32 in the shape of `qparams_shape`.
+        axis: as in `to_groups`.
+
+    Example:
+        >>> x = torch.tensor([0.4, 1.6, 100.0], requires_grad=True)
+        >>> y = fake_quantize(x, torch.tensor([1.0]), torch.tensor([0], dtype=torch.int32), QuantSpec(4, granularity="tensor"))
+        >>> y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([0.0, 2.0, 7.0], [1.0, 1.0, 0.0])
+    """
+    values = x.float()
+    if not spec.is_int:
+        rows = to_groups(values, spec, axis)
+        out = _RoundTrip.apply(rows, scale, zero_point, spec, scale.reshape(-1, 1) * max_value(spec))
+        return from_groups(out, x.shape, spec, axis).to(x.dtype)
+    qmin, qmax = qrange(spec)
+    if spec.granularity == "tensor":
+        return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, qmin, qmax).to(x.dtype)
+    rows = to_groups(values, spec, axis)
+    out = torch.fake_quantize_per_channel_affine(rows, scale.flatten(), zero_point.flatten(), 0, qmin, qmax)
+    return from_groups(out, x.shape, spec, axis).to(x.dtype)
+
+
+def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, axis: int = -1) -> Tensor:
+    """Quantize and dequantize with the range that `x` has now; the gradient is 1 everywhere, as nothing lies outside.
+
+    Args:
+        x: float, any shape.
+        axis: for tokens, the first dimension of a token's own features.
+    """
+    if x.numel() == 0:
+        return x
+    scale, zero_point = dynamic_qparams(x, spec, axis)
+    rows = to_groups(x.float(), spec, axis)
+    return from_groups(_RoundTrip.apply(rows, scale, zero_point, spec, None), x.shape, spec, axis).to(x.dtype)
+
+
+def lsq_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None
+) -> Tensor:
+    """Fake quantization whose scale, and zero point if it requires a gradient, learn (LSQ, LSQ+).
+
+    Their gradients are multiplied by `1 / sqrt(n * q_max)` (LSQ, section 2.2).
+
+    Args:
+        x: float, any shape.
+        scale, zero_point: float32 in the shape of `qparams_shape`; a zero point is rounded before use.
+        elements: n, how many elements share a scale; by default counted in `x`.
+    """
+    if not spec.is_int:
+        raise ValueError(f"LSQ learns the scale of an integer grid, not of {spec.dtype}; use method='ste'")
+    qmin, qmax = qrange(spec)
+    values = x.float()
+    per_tensor = spec.granularity == "tensor"  # no reshape: the scale broadcasts, and channels_last stays
+    rows = values if per_tensor else to_groups(values, spec, axis)
+    shape = (1,) if per_tensor else (-1, 1)
+    n = elements or (rows.numel() if per_tensor else rows.shape[1])
+    factor = 1.0 / math.sqrt(max(n * qmax, 1))
+    out = _LSQ.apply(rows, scale.reshape(shape), zero_point.float().reshape(shape), qmin, qmax, factor)
+    return (out if per_tensor else from_groups(out, x.shape, spec, axis)).to(x.dtype)
+
+
+def keep_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A `Module._apply` function that moves float32 tensors but never casts them: bf16 scales would change codes."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return fn(tensor)
+        return fn(tensor.detach().view(torch.int32)).view(torch.float32)
+
+    return apply
+
+
+class FakeQuantize(nn.Module):
+    """The quantizer of one tensor: observes its range, and puts it on the grid.
+
+    `observing` and `quantizing` are plain flags, both off at first; switching them never changes parameters or buffers.
+
+    Args:
+        spec: how the tensor is quantized.
+        shape: the tensor's shape, for a weight; None for an activation, whose range is calibrated or dynamic.
+        axis: as in `to_groups`.
+        name: the tensor's qualified name, for messages.
+        observer, observer_options: a key of `OBSERVERS` and its keyword arguments.
+        learned: LSQ: `scale`, and `zero_point` if asymmetric, are parameters, initialised from the observer.
+
+    Example:
+        >>> fq = FakeQuantize(QuantSpec(8, symmetric=False, granularity="tensor"))
+        >>> fq.observing = True
+        >>> _ = fq(torch.tensor([-1.0, 3.0]))
+        >>> fq.observing, fq.quantizing = False, True
+        >>> fq.update_qparams()
+        >>> fq(torch.tensor([1.0, 9.0]))
+        tensor([1.0039, 3.0118])
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: torch.Size | tuple[int, ...] | None = None,
+        *,
+        axis: int = -1,
+        name: str = "input",
+        observer: str = "minmax",
+        observer_options: dict[str, Any] | None = None,
+        learned: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.axis, self.name = spec, axis, name
+        self.is_weight = shape is not None
+        self.learned = learned and not spec.dynamic and spec.is_int
+        self.observing = self.quantizing = False
+        self.has_range = spec.dynamic
+        self._stale = False
+        if spec.dynamic:
+            return
+        size = qparams_shape(shape or (1,), spec, axis)
+        # a weight's range is measured from the weight itself, without state
+        self.observer = make_observer(observer, spec, 0 if self.is_weight else 1, observer_options).to(device)
+        scale, zero_point = torch.zeros(size, device=device), torch.zeros(size, dtype=torch.int32, device=device)
+        if self.learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        if self.learned and not spec.symmetric:
+            self.zero_point = nn.Parameter(zero_point.float())
+        else:
+            self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spec.dynamic:
+            return dynamic_fake_quantize(x, self.spec, self.axis) if self.quantizing else x
+        if self.observing and not (self.learned and self.quantizing and self.has_range):
+            self.observe(x)
+        if not self.quantizing:
+            return x
+        if self._stale:
+            self.update_qparams()
+        self.require_range()
+        if self.learned:
+            elements = x[0].numel() if not self.is_weight and x.dim() > 1 else None
+            return lsq_fake_quantize(x, self.safe_scale(), self.zero_point, self.spec, self.axis, elements)
+        return fake_quantize(x, self.scale, self.zero_point, self.spec, self.axis)
+
+    def safe_scale(self) -> Tensor:
+        """The scale in use: a learned one may have crossed zero, and its magnitude counts."""
+        return self.scale.abs().clamp(min=MIN_SCALE) if self.learned else self.scale
+
+    def require_range(self) -> None:
+        if not self.has_range:
+            raise RuntimeError(
+                f"{self.name}: no range was ever observed, so it cannot be quantized. Calibrate on data that reaches this module, "
+                f"or leave the module in float with Recipe(ignore=[...])"
+            )
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take `x` into the range. Raises ValueError naming the tensor if it holds nan or inf."""
+        if x.numel() == 0 or self.spec.dynamic:
+            return
+        rows = to_groups(x.detach(), self.spec, self.axis)
+        try:
+            if self.is_weight:
+                counts = to_groups(torch.ones_like(x), self.spec, self.axis)
+                self._set_range(*self.observer.measure(rows, counts))
+            else:
+                self.observer.update(rows)
+                self._stale = True
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name}: {error}, so its range is undefined. Check the data and the weights up to this module, "
+                f"or leave it in float with Recipe(ignore=[...])"
+            ) from None
+
+    @torch.no_grad()
+    def update_qparams(self) -> None:
+        """Scale and zero point from what was observed so far."""
+        if not self.spec.dynamic and not self.is_weight and self.observer.has_data:
+            self._set_range(*self.observer.range())
+        self._stale = False
+
+    def _set_range(self, low: Tensor, high: Tensor) -> None:
+        scale, zero_point = calc_qparams(low, high, self.spec)
+        self.scale.copy_(scale.reshape(self.scale.shape))
+        self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
+        self.has_range = True
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """The frozen float32 scale and int32 zero point; raises RuntimeError if there is no range."""
+        self.require_range()
+        qmin, qmax = qrange(self.spec)
+        zero_point = self.zero_point.detach().round().clamp(qmin, qmax) if self.spec.is_int else self.zero_point
+        return self.safe_scale().detach().clone(), zero_point.to(torch.int32).clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
+        return super()._apply(keep_fp32(fn), recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.spec.dynamic:
+            return
+        local_metadata, strict, missing_keys = args[0], args[1], args[2]
+        if not any(key.startswith(prefix) for key in state_dict):
+            # a float checkpoint: start without a range, to be observed anew
+            for buffer in (self.scale, self.zero_point):
+                buffer.detach().zero_()
+            self.observer.reset()
+            self.has_range = self._stale = False
+            return
+        before = len(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args[3:])
+        if len(missing_keys) == before:
+            self.has_range = bool((self.scale != 0).all())
+            self._stale = False
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.label}{', learned' * self.learned}, observing={self.observing}, quantizing={self.quantizing}"

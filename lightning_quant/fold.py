@@ -1,0 +1,241 @@
+"""Which BatchNorm follows which convolution or linear layer, and in what order modules run. Found by tracing, never by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+
+from lightning_quant.nn.folding import fold_bias, norm_scale
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class Flow:
+    """What tracing found.
+
+    Args:
+        pairs: (module, BatchNorm) by qualified name, the BatchNorm reading the module's output and nothing else doing so.
+        order: names of the leaf modules in the order in which they first run; empty if nothing could be traced or run.
+        reasons: BatchNorm without a pair -> why.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def _fits(producer: nn.Module, norm: nn.Module) -> bool:
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        return False
+    if isinstance(producer, _ConvNd):
+        return producer.out_channels == norm.num_features
+    return isinstance(producer, nn.Linear) and producer.out_features == norm.num_features
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass writes into modules: a traced one may leave proxies in attributes."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _trace(model: nn.Module, prefix: str, flow: Flow) -> bool:
+    """Read pairs and order off the graph of `model`, or of the largest submodules that trace. False if none did."""
+    try:
+        with _restored(model):
+            graph = torch.fx.Tracer().trace(model)
+    except Exception:  # any code may run in a user's forward; the caller tries the next way
+        done = [_trace(child, f"{prefix}{name}.", flow) for name, child in model.named_children() if any(child.children())]
+        return any(done)
+    modules = dict(model.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        name = prefix + node.target
+        if name not in flow.order:
+            flow.order.append(name)
+        norm = modules[node.target]
+        source = node.args[0] if node.args else None
+        if not isinstance(norm, _BatchNorm) or not isinstance(source, torch.fx.Node) or source.op != "call_module":
+            continue
+        alone = len(source.users) == 1 and calls[source.target] == calls[node.target] == 1
+        if alone and _fits(modules[source.target], norm):
+            flow.pairs.append((prefix + source.target, name))
+    return True
+
+
+class _Uses(TorchFunctionMode):
+    """Counts the torch functions that read each watched tensor. Holds the tensors, so that ids stay unique."""
+
+    def __init__(self) -> None:
+        self.watched: dict[int, Tensor] = {}
+        self.counts: Counter[int] = Counter()
+
+    def watch(self, tensor: Tensor) -> None:
+        self.watched[id(tensor)] = tensor
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in ("__get__", "dim", "size"):  # reading a shape is no use of the values
+            flat = torch.utils._pytree.tree_leaves((args, kwargs or {}))
+            for value in {id(value): value for value in flat if isinstance(value, Tensor)}.values():
+                if id(value) in self.watched:
+                    self.counts[id(value)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _run(model: nn.Module, call: Callable[[], Any]) -> Flow:
+    """Match outputs to inputs in a real forward pass."""
+    names = {module: name for name, module in model.named_modules()}
+    flow, uses = Flow(), _Uses()
+    produced: dict[int, nn.Module] = {}
+    found: list[tuple[nn.Module, nn.Module, int]] = []
+    calls: Counter[nn.Module] = Counter()
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[module] += 1
+        if names[module] not in flow.order:
+            flow.order.append(names[module])
+        if isinstance(module, _BatchNorm) and args and id(args[0]) in produced:
+            found.append((produced[id(args[0])], module, id(args[0])))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, (_ConvNd, nn.Linear)) and isinstance(output, Tensor):
+            uses.watch(output)
+            produced[id(output)] = module
+
+    leaves = [
+        module
+        for module in model.modules()
+        if not any(True for _ in module.children()) or isinstance(module, nn.MultiheadAttention)
+    ]
+    handles = [module.register_forward_pre_hook(before) for module in leaves]
+    handles += [module.register_forward_hook(after) for module in leaves]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with uses:
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    for producer, norm, key in found:
+        once = calls[producer] == calls[norm] == 1 and uses.counts[key] == 1
+        # BatchNorm1d normalises dimension 1: a linear layer's features only if its output has two
+        flat = not isinstance(producer, nn.Linear) or uses.watched[key].dim() == 2
+        if once and flat and _fits(producer, norm):
+            flow.pairs.append((names[producer], names[norm]))
+    return flow
+
+
+def _check_pairs(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]:
+    modules = dict(model.named_modules())
+    checked: list[Pair] = []
+    for pair in pairs:
+        if len(pair) != 2 or any(name not in modules for name in pair):
+            missing = [name for name in pair if name not in modules]
+            raise ValueError(f"fold pair {tuple(pair)!r}: needs the names of a module and of its BatchNorm; unknown: {missing}")
+        producer, norm = pair
+        if not _fits(modules[producer], modules[norm]):
+            raise ValueError(
+                f"fold pair ({producer!r}, {norm!r}): {type(modules[producer]).__name__} and {type(modules[norm]).__name__} do not fit; "
+                f"it takes a convolution or linear layer and a BatchNorm of as many channels that tracks running statistics"
+            )
+        checked.append((producer, norm))
+    return checked
+
+
+def find_flow(model: nn.Module, call: Callable[[], Any] | None = None, pairs: Iterable[Sequence[str]] | None = None) -> Flow:
+    """Find the BatchNorms that can be folded, and the order of execution.
+
+    The module is traced symbolically (its largest submodules that trace, if it does not as a whole); where BatchNorms are
+    left over, `call` runs it for real and outputs are matched to inputs.
+
+    Args:
+        model: a float model; it is left as it was.
+        call: runs one forward pass of `model` on an example, in eval and without gradients.
+        pairs: (module, BatchNorm) names that override what would be found.
+
+    Raises:
+        ValueError: a pair of `pairs` does not exist or does not fit.
+
+    Example:
+        >>> find_flow(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).pairs
+        [('0', '1')]
+    """
+    norms = _norms(model)
+    flow = Flow()
+    traced = _trace(model, "", flow) if norms or call is None else False
+    left = [name for name in norms if name not in {norm for _, norm in flow.pairs}]
+    if (left or not traced) and call is not None:
+        with _restored(model):
+            ran = _run(model, call)
+        # a real run sees every use of a tensor; where it saw the module it has the last word
+        flow.pairs = ran.pairs + [pair for pair in flow.pairs if not set(pair) & set(ran.order)]
+        flow.order = ran.order or flow.order
+    if pairs is not None:
+        flow.pairs = _check_pairs(model, pairs)
+    paired = {norm for _, norm in flow.pairs}
+    for name, norm in norms.items():
+        if name not in paired:
+            flow.reasons[name] = _why_not(name, norm, flow, listed=pairs is not None)
+    return flow
+
+
+def _why_not(name: str, norm: nn.Module, flow: Flow, listed: bool) -> str:
+    if listed:
+        return "not in the list of pairs given"
+    if norm.running_var is None:
+        return "tracks no running statistics"
+    if flow.order and name in flow.order:
+        return "does not follow a convolution or linear layer that feeds it alone"
+    return "not reached by tracing or by an example; set example_input_array, or pass the pairs"
+
+
+@torch.no_grad()
+def fold_norm(module: nn.Module, norm: nn.Module) -> None:
+    """Fold a BatchNorm's running statistics into the float weight and bias of the layer before it, in place.
+
+    Args:
+        module: a convolution, transposed convolution or linear layer.
+        norm: the BatchNorm; the caller takes it out of the model.
+    """
+    assert isinstance(norm, _BatchNorm)
+    scale = norm_scale(norm)
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    if isinstance(module, _ConvTransposeNd):
+        split = weight.unflatten(0, (module.groups, -1)).float()
+        folded = (split * scale.view(module.groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+    else:
+        folded = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
+    bias = fold_bias(norm, module.bias)  # type: ignore[arg-type]
+    weight.copy_(folded)
+    if module.bias is None:
+        module.register_parameter("bias", nn.Parameter(bias.to(weight.dtype)))
+    else:
+        module.bias.copy_(bias)  # type: ignore[operator]

@@ -1,0 +1,359 @@
+"""What every quantized module shares: the quantizers of a fake module, the packed state of a packed one.
+
+A fake module is its float module with another class and quantizers added; a packed module is built anew beside it. Both
+describe themselves in their state_dict (`_extra_state`: JSON as bytes, which every checkpoint format can hold).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.fake_quant import FakeQuantize, keep_fp32
+from lightning_quant.kernels import dequantize as dequantize_op
+from lightning_quant.kernels.reference import quantize_input
+from lightning_quant.numerics import qparams_shape, quantize
+from lightning_quant.packing import pack, pack_zero_point, packed_words
+from lightning_quant.spec import QuantScheme, QuantSpec
+
+FORMAT = 1
+_HOOKS_AND_STATE = ("_parameters", "_buffers", "_modules")
+
+P = TypeVar("P", bound="PackedModule")
+
+
+class Unsupported(Exception):
+    """A module cannot be quantized; the text is the reason, for `lq.summary`."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a fake module is told when it is prepared: its scheme and, resolved from the recipe, how to find its ranges."""
+
+    scheme: QuantScheme
+    name: str = ""
+    method: str = "ste"
+    observer: str = "minmax"
+    observer_options: dict[str, Any] = field(default_factory=dict)
+    weight_observer: str = "minmax"
+    weight_observer_options: dict[str, Any] = field(default_factory=dict)
+
+
+def encode_state(state: dict[str, Any]) -> Tensor:
+    """A dict of primitives as a uint8 tensor of JSON."""
+    return torch.frombuffer(bytearray(json.dumps(state, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def decode_state(state: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(state.cpu().tolist()).decode())
+
+
+def without_input(scheme: QuantScheme) -> tuple[QuantScheme, str]:
+    """The scheme for modules whose input are indices."""
+    return replace(scheme, input=None), "input: indices, not quantized" if scheme.input else ""
+
+
+class QuantizedModule(nn.Module):
+    """A module with a scheme. `weight_axes` maps each quantized parameter to its channel dimension."""
+
+    scheme: QuantScheme
+    kind: ClassVar[str]
+    # the first dimension of a token's own features, as in `to_groups`
+    input_axis: ClassVar[int] = -1
+
+    @classmethod
+    def weight_axes(cls, module: nn.Module) -> dict[str, int]:
+        return {"weight": 0}
+
+    @classmethod
+    def adapt(cls, module: nn.Module, scheme: QuantScheme) -> tuple[QuantScheme, str]:
+        """The scheme as this module can follow it, and a note of what differs. Raises `Unsupported` with the reason."""
+        return scheme, ""
+
+    def _describe(self) -> dict[str, Any]:
+        return {"format": FORMAT, "kind": self.kind, "scheme": self.scheme.to_dict()}
+
+    def get_extra_state(self) -> Tensor:
+        return encode_state(self._describe())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        found = decode_state(state)
+        if found["format"] > FORMAT:
+            raise ValueError(f"saved by a newer lightning_quant (format {found['format']}, this one reads {FORMAT}): upgrade it")
+        if found["kind"] != self.kind or QuantScheme.from_dict(found["scheme"]) != self.scheme:
+            theirs = QuantScheme.from_dict(found["scheme"]).label
+            raise ValueError(
+                f"the checkpoint holds a {found['kind']} module ({theirs}), this one is {self.kind} ({self.scheme.label})"
+            )
+        self._restore(found)
+
+    def _restore(self, found: dict[str, Any]) -> None:
+        """Take over what `_describe` added."""
+
+
+class FakeModule(QuantizedModule):
+    """A float module with quantizers: `<weight>_fake_quant`, `input_fake_quant` and `output_fake_quant` (None: float)."""
+
+    kind = "fake"
+    packed_type: ClassVar[type[PackedModule]]
+    input_names: ClassVar[tuple[str, ...]] = ("input",)
+    # the BatchNorm folded into this module, in a list: owned elsewhere, not a submodule here
+    folded_norm: list[nn.Module]
+
+    def attach(self, setup: Setup) -> None:
+        """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
+        self.scheme, self.folded_norm, self.note = setup.scheme, [], ""
+        assert setup.scheme.weight is not None
+        learned = setup.method == "lsq"
+        device = next(iter(self.parameters())).device
+        for name, axis in self.weight_axes(self).items():
+            quantizer = FakeQuantize(
+                setup.scheme.weight,
+                self.get_weight(name).shape,
+                axis=axis,
+                name=f"{setup.name}.{name}",
+                observer=setup.weight_observer,
+                observer_options=setup.weight_observer_options,
+                learned=learned,
+                device=device,
+            )
+            self.add_module(f"{name}_fake_quant", quantizer)
+        activations = [(name, setup.scheme.input) for name in self.input_names] + [("output", setup.scheme.output)]
+        for name, spec in activations:
+            quantizer = spec and FakeQuantize(
+                spec,
+                axis=self.input_axis,
+                name=f"{setup.name}.{name}",
+                observer=setup.observer,
+                observer_options=setup.observer_options,
+                learned=learned,
+                device=device,
+            )
+            self.register_module(f"{name}_fake_quant", quantizer)
+
+    def get_weight(self, name: str) -> Tensor:
+        """The float weight of that name, before any fold."""
+        return getattr(self, name)
+
+    def effective_weight(self, name: str, exact: bool = False) -> Tensor:
+        """The float weight that is quantized: with its BatchNorm folded in, if it has one.
+
+        Args:
+            exact: fold channels of scale 0 too; in training they keep their weight, so that they can come back.
+        """
+        return self.get_weight(name)
+
+    def fake_weight(self, name: str = "weight") -> Tensor:
+        return getattr(self, f"{name}_fake_quant")(self.effective_weight(name))
+
+    def fake_input(self, x: Tensor, name: str = "input") -> Tensor:
+        quantizer = getattr(self, f"{name}_fake_quant")
+        return x if quantizer is None else quantizer(x)
+
+    def fake_output(self, x: Tensor) -> Tensor:
+        return x if self.output_fake_quant is None else self.output_fake_quant(x)
+
+    def quantizers(self) -> Iterator[tuple[str, FakeQuantize]]:
+        for name, child in self.named_children():
+            if isinstance(child, FakeQuantize):
+                yield name.removesuffix("_fake_quant"), child
+
+    @torch.no_grad()
+    def observe_weights(self) -> None:
+        """Find the ranges of the weights as they are now."""
+        for name in self.weight_axes(self):
+            if not self.get_weight(name).is_meta:
+                getattr(self, f"{name}_fake_quant").observe(self.effective_weight(name))
+
+    def to_packed(self, built: dict[int, nn.Module] | None = None) -> PackedModule:
+        """The packed module that computes what this one does in eval. Raises RuntimeError naming a tensor without a range.
+
+        Args:
+            built: packed replacements of submodules, by the id of the fake one.
+        """
+        packed = self.packed_type.empty(self, self.scheme)
+        with torch.no_grad():
+            for name, axis in self.weight_axes(self).items():
+                scale, zero_point = getattr(self, f"{name}_fake_quant").qparams()
+                packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
+            for name in (*self.input_names, "output"):
+                quantizer = getattr(self, f"{name}_fake_quant")
+                if quantizer is not None and not quantizer.spec.dynamic:
+                    for suffix, value in zip(("scale", "zero_point"), quantizer.qparams(), strict=True):
+                        getattr(packed, f"{name}_{suffix}").copy_(value)
+            self._fill(packed)
+        return packed
+
+    def _fill(self, packed: PackedModule) -> None:
+        """Copy the float tensors that the packed module keeps."""
+        packed.copy_float(self)
+
+    def _describe(self) -> dict[str, Any]:
+        learned = any(quantizer.learned for _, quantizer in self.quantizers())
+        quantizing = all(quantizer.quantizing for _, quantizer in self.quantizers())
+        return {**super()._describe(), "method": "lsq" if learned else "ste", "quantizing": quantizing}
+
+    def _restore(self, found: dict[str, Any]) -> None:
+        for _, quantizer in self.quantizers():
+            quantizer.quantizing = found["quantizing"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys = args[2]
+        if f"{prefix}_extra_state" in missing_keys:  # a float checkpoint: its quantizers start afresh
+            missing_keys.remove(f"{prefix}_extra_state")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if "_float_type" not in type(self).__dict__:
+            return reduced
+        base, user = type(self).__bases__
+        return (_new_subclass, (base, user), *reduced[2:])
+
+
+@lru_cache(maxsize=None)
+def fake_subclass(fake: type, user: type) -> type:
+    """A fake class that is also the user's own subclass of a float module, so `isinstance` and its methods stay."""
+    return type(f"Fake{user.__name__}", (fake, user), {"_float_type": user, "__module__": fake.__module__})
+
+
+def _new_subclass(fake: type, user: type) -> Any:
+    cls = fake_subclass(fake, user)
+    return cls.__new__(cls)
+
+
+class PackedModule(QuantizedModule):
+    """A module whose weights are packed integers.
+
+    Parameters, none of which requires a gradient: `<weight>_packed` int32 `[channels, words]`, `<weight>_scale` float32,
+    `<weight>_zero_point` (packed along the channels; only asymmetric), `<weight>_shape`, and `input_scale`,
+    `input_zero_point` and the same of the output if static.
+    """
+
+    kind = "packed"
+    input_names: ClassVar[tuple[str, ...]] = ("input",)
+    optional_float: ClassVar[tuple[str, ...]] = ("bias",)
+    _float_dtype: torch.dtype
+
+    @classmethod
+    def empty(cls: type[P], module: nn.Module, scheme: QuantScheme, device: torch.device | str | None = None) -> P:
+        """A packed module for a float (or fake) one, its tensors allocated and not filled."""
+        packed = cls.__new__(cls)
+        nn.Module.__init__(packed)
+        hidden = (*_HOOKS_AND_STATE, "scheme", "folded_norm", "note")
+        packed.__dict__.update({key: value for key, value in module.__dict__.items() if key not in hidden})
+        packed.scheme = scheme
+        first = next(iter(module.parameters()))
+        packed._float_dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
+        device = first.device if device is None else torch.device(device)
+        spec = scheme.weight
+        assert spec is not None
+        for name, axis in cls.weight_axes(module).items():
+            shape = getattr(module, name).shape
+            packed._allocate_weight(name, tuple(shape), axis, spec, device)
+        for name in (*cls.input_names, "output"):
+            activation = scheme.output if name == "output" else scheme.input
+            if activation is not None and not activation.dynamic:
+                packed.add(f"{name}_scale", torch.ones(1, device=device))
+                packed.add(f"{name}_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
+        packed._allocate_float(module, device)
+        return packed
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def _allocate_weight(self, name: str, shape: tuple[int, ...], axis: int, spec: QuantSpec, device: Any) -> None:
+        columns = torch.Size(shape).numel() // shape[axis]
+        size = qparams_shape(shape, spec, axis)
+        self.add(f"{name}_packed", torch.empty(shape[axis], packed_words(columns, spec.bits), dtype=torch.int32, device=device))
+        self.add(f"{name}_scale", torch.empty(size, device=device))
+        if not spec.symmetric:
+            if len(size) == 2:
+                size = (packed_words(size[0], spec.bits), size[1])
+            self.add(f"{name}_zero_point", torch.empty(size, dtype=torch.int32, device=device))
+        self.add(f"{name}_shape", torch.tensor(shape, dtype=torch.int64, device=device))
+
+    def _allocate_float(self, module: nn.Module, device: Any) -> None:
+        for name in self.optional_float:
+            value = getattr(module, name, None)
+            self.__dict__.pop(name, None)  # nn.MultiheadAttention has a plain None here
+            if value is None:
+                self.register_parameter(name, None)
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty_like(value, device=device), value.requires_grad))
+
+    def copy_float(self, module: nn.Module) -> None:
+        for name in self.optional_float:
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(getattr(module, name))
+
+    def put_weight(self, name: str, weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> None:
+        """Quantize and pack a float32 weight with frozen qparams."""
+        spec = self.scheme.weight
+        assert spec is not None
+        codes = quantize(weight, scale, zero_point, spec, axis)
+        if codes.is_floating_point():  # float8 has no movedim+reshape copy on every device: move its bytes
+            codes = codes.view(torch.uint8).movedim(axis, 0).flatten(1).contiguous().view(codes.dtype)
+        else:
+            codes = codes.movedim(axis, 0).flatten(1)
+        getattr(self, f"{name}_packed").copy_(pack(codes, spec))
+        getattr(self, f"{name}_scale").copy_(scale)
+        if not spec.symmetric:
+            value = pack_zero_point(zero_point, spec) if zero_point.dim() == 2 else zero_point
+            getattr(self, f"{name}_zero_point").copy_(value)
+
+    def packed_weight(self, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
+        return getattr(self, f"{name}_packed"), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point", None)
+
+    def dequantized_weight(self, name: str = "weight") -> Tensor:
+        """The weight in float32 and its own shape."""
+        axis = self.weight_axes(self)[name]
+        shape = self.packed_shape(name)
+        assert self.scheme.weight is not None
+        return dequantize_op(*self.packed_weight(name), shape, axis, self.scheme.weight.encode())
+
+    def packed_shape(self, name: str) -> list[int]:
+        """The float weight's shape, from the module's own attributes (no tensor is read)."""
+        raise NotImplementedError
+
+    def input_args(self, name: str = "input") -> tuple[Tensor | None, Tensor | None]:
+        return getattr(self, f"{name}_scale", None), getattr(self, f"{name}_zero_point", None)
+
+    @property
+    def spec_args(self) -> tuple[str, str]:
+        """The weight's and the input's spec as the operators take them."""
+        scheme = self.scheme
+        assert scheme.weight is not None
+        return scheme.weight.encode(), scheme.input.encode() if scheme.input else ""
+
+    def cast_input(self, x: Tensor) -> Tensor:
+        """Under autocast the operators compute in its dtype, as torch's own linear and convolution do."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point():
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
+
+    def quantize_output(self, x: Tensor) -> Tensor:
+        spec = self.scheme.output
+        return x if spec is None else quantize_input(x, *self.input_args("output"), spec, self.input_axis)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        exact = {id(value) for name, value in self._parameters.items() if value is not None and name.endswith("_scale")}
+        moved_exactly = keep_fp32(fn)
+        self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype)).dtype
+        return super()._apply(lambda tensor: moved_exactly(tensor) if id(tensor) in exact else fn(tensor), recurse)
+
+    def _describe(self) -> dict[str, Any]:
+        return {**super()._describe(), "dtype": str(self._float_dtype).removeprefix("torch.")}
+
+    def _restore(self, found: dict[str, Any]) -> None:
+        self._float_dtype = getattr(torch, found["dtype"])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme.label}"

@@ -1,0 +1,327 @@
+"""Observers: from statistics of a tensor to its range.
+
+Each has bounded state, `[groups]` or `[groups, bins]`, and says in `reductions` how ranks merge it. A weight is at hand as a
+whole: `measure` gives its range without any state.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.numerics import calc_qparams, dequantize_rows, quantize_rows
+from lightning_quant.spec import QuantSpec
+
+OBSERVERS: dict[str, type[Observer]] = {}
+
+Range = tuple[Tensor, Tensor]
+
+
+def register_observer(name: str) -> Callable[[type[Observer]], type[Observer]]:
+    """Add a class to `OBSERVERS`."""
+
+    def add(cls: type[Observer]) -> type[Observer]:
+        OBSERVERS[name] = cls
+        return cls
+
+    return add
+
+
+def make_observer(name: str, spec: QuantSpec, groups: int, options: dict[str, Any] | None = None) -> Observer:
+    """The observer of that name; a wrong name or option lists the valid ones."""
+    if name not in OBSERVERS:
+        raise ValueError(f"unknown observer {name!r}; valid: {', '.join(OBSERVERS)}")
+    valid = [option for option in inspect.signature(OBSERVERS[name]).parameters if option not in ("spec", "groups")]
+    for option in options or {}:
+        if option not in valid:
+            raise ValueError(f"observer {name!r} has no option {option!r}; valid: {', '.join(valid) or 'none'}")
+    return OBSERVERS[name](spec, groups, **(options or {}))
+
+
+def _finite_range(rows: Tensor) -> Range:
+    low, high = torch.aminmax(rows, dim=1)
+    if not bool(((low > -torch.inf) & (high < torch.inf)).all()):
+        bad = rows.numel() - int(torch.isfinite(rows).sum())
+        raise ValueError(f"{bad} of {rows.numel()} values are nan or inf")
+    return low.float(), high.float()
+
+
+class Observer(nn.Module):
+    """The smallest and the largest value seen; the state that all observers share.
+
+    Args:
+        spec: the tensor's spec, for observers that weigh quantization error.
+        groups: rows of `to_groups`, one range each.
+    """
+
+    reductions: ClassVar[dict[str, str]] = {"min_val": "min", "max_val": "max"}
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self, spec: QuantSpec, groups: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("min_val", torch.full((groups,), torch.inf))
+        self.register_buffer("max_val", torch.full((groups,), -torch.inf))
+
+    @property
+    def has_data(self) -> bool:
+        return bool((self.min_val <= self.max_val).all())
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.min_val.fill_(torch.inf)
+        self.max_val.fill_(-torch.inf)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Take in `[groups, elements]`. Raises ValueError if any value is nan or inf."""
+        low, high = _finite_range(rows)
+        self.min_val.copy_(torch.minimum(self.min_val, low))
+        self.max_val.copy_(torch.maximum(self.max_val, high))
+
+    def range(self) -> Range:
+        """The range to quantize, `[groups]` each."""
+        return self.min_val, self.max_val
+
+    def measure(self, rows: Tensor, counts: Tensor) -> Range:
+        """The range of values at hand, without touching the state.
+
+        Args:
+            rows: `[groups, elements]`, finite.
+            counts: the same shape, how often each value occurs (0 for padding).
+        """
+        return _finite_range(rows)
+
+    @torch.no_grad()
+    def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+        """Merge the state of all ranks; `reduce(tensor, op)` works in place, op is one of min, max, sum, mean."""
+        for name, op in self.reductions.items():
+            reduce(getattr(self, name), op)
+
+
+@register_observer("minmax")
+class MinMaxObserver(Observer):
+    """The whole range seen. Independent of how the data is split into batches."""
+
+
+@register_observer("moving_average")
+class MovingAverageObserver(Observer):
+    """An exponential moving average of each batch's range (Jacob et al. 2018, arXiv:1712.05877, section 3.1).
+
+    Args:
+        momentum: the weight of the newest batch. The result depends on the batches' order and size by definition.
+    """
+
+    reductions: ClassVar[dict[str, str]] = {"min_val": "mean", "max_val": "mean"}
+
+    def __init__(self, spec: QuantSpec, groups: int, momentum: float = 0.01) -> None:
+        super().__init__(spec, groups)
+        if not 0 < momentum <= 1:
+            raise ValueError(f"moving_average momentum={momentum}: must be in (0, 1]")
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        for average, value in zip((self.min_val, self.max_val), _finite_range(rows), strict=True):
+            average.copy_(torch.where(average.isinf(), value, average + self.momentum * (value - average)))
+
+
+class HistogramObserver(Observer):
+    """A histogram whose bins are aligned to 0 and as wide as a power of two.
+
+    When a value falls outside, neighbouring bins merge, which loses nothing: the histogram is that of the whole data at the
+    final width, whatever the batches, ranks and their order. Memory: `BINS` int64 a group.
+    """
+
+    BINS = 4096
+    MIN_EXPONENT = -100  # keeps the bin width a normal float32
+
+    reductions: ClassVar[dict[str, str]] = {"min_val": "min", "max_val": "max", "counts": "sum"}
+    counts: Tensor
+    exponent: Tensor
+
+    def __init__(self, spec: QuantSpec, groups: int) -> None:
+        super().__init__(spec, groups)
+        self.register_buffer("counts", torch.zeros(groups, self.BINS, dtype=torch.int64))
+        self.register_buffer("exponent", torch.full((groups,), self.MIN_EXPONENT, dtype=torch.int32))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        super().reset()
+        self.counts.zero_()
+        self.exponent.fill_(self.MIN_EXPONENT)
+
+    def _widen(self, exponent: Tensor) -> None:
+        """Merge bins until they span +-2^exponent."""
+        shift = (exponent - self.exponent).clamp(min=0)
+        if not bool(shift.any()):
+            return
+        half = self.BINS // 2
+        old = torch.arange(self.BINS, device=shift.device) - half
+        new = (old >> shift.clamp(max=31)[:, None].long()) + half
+        self.counts.copy_(torch.zeros_like(self.counts).scatter_add_(1, new, self.counts))
+        self.exponent.add_(shift)
+
+    def _width(self) -> Tensor:
+        return torch.ldexp(torch.ones_like(self.min_val), self.exponent)[:, None] / (self.BINS // 2)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        super().update(rows)
+        rows = rows.float()
+        largest = rows.abs().amax(dim=1)
+        # frexp: largest < 2^exponent
+        exponent = torch.where(largest > 0, torch.frexp(largest).exponent, self.MIN_EXPONENT)
+        self._widen(exponent.to(torch.int32).clamp(min=self.MIN_EXPONENT))
+        index = torch.floor(rows / self._width()).long() + self.BINS // 2
+        index += torch.arange(rows.shape[0], device=rows.device)[:, None] * self.BINS
+        self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+
+    def range(self) -> Range:
+        used = self.counts.any(dim=0)  # most bins of a heavy-tailed tensor are empty
+        centers = (torch.arange(self.BINS, device=used.device)[used] + 0.5 - self.BINS // 2) * self._width()
+        values = torch.minimum(torch.maximum(centers, self.min_val[:, None]), self.max_val[:, None])
+        return self._search(values, self.counts[:, used], self.min_val, self.max_val)
+
+    def measure(self, rows: Tensor, counts: Tensor) -> Range:
+        return self._search(rows.float(), counts, *_finite_range(rows))
+
+    def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
+        """The best range within [low, high] for `values` `[groups, n]` that occur `counts` times each."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+        widest = self.exponent.clone()
+        reduce(widest, "max")
+        self._widen(widest)
+        super().all_reduce(reduce)
+
+
+@register_observer("percentile")
+class PercentileObserver(HistogramObserver):
+    """Cut the tails: from the (100 - p)-th to the p-th percentile, to a 2048th of the largest magnitude.
+
+    Args:
+        percentile: p, in (50, 100].
+    """
+
+    def __init__(self, spec: QuantSpec, groups: int, percentile: float = 99.99) -> None:
+        super().__init__(spec, groups)
+        if not 50 < percentile <= 100:
+            raise ValueError(f"percentile={percentile}: must be in (50, 100]")
+        self.percentile = percentile
+
+    def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
+        values, order = values.sort(dim=1)
+        cumulative = counts.to(torch.int64).gather(1, order).cumsum(1)
+        total = cumulative[:, -1:].double()
+        # the smallest value that at least p % of the data does not exceed, and its mirror image
+        upper = (total * (self.percentile / 100)).ceil().long().clamp(min=1)
+        lower = (total * (1 - self.percentile / 100)).floor().long() + 1
+        index = torch.searchsorted(cumulative, torch.cat([lower, upper], dim=1)).clamp(max=values.shape[1] - 1)
+        found = values.gather(1, index)
+        return torch.maximum(found[:, 0], low), torch.minimum(found[:, 1], high)
+
+
+def _shrinks(steps: int) -> list[float]:
+    return [1 - step / steps for step in range(steps)]
+
+
+@register_observer("mse")
+class MSEObserver(HistogramObserver):
+    """The range with the least quantization error, by grid search (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
+
+    Both ends shrink together, then an asymmetric range's upper and lower end each on its own.
+
+    Args:
+        norm: the error is the mean of |x - q(x)|^norm.
+        steps: the grid is 1, 1 - 1/steps, ... of the full range.
+    """
+
+    def __init__(self, spec: QuantSpec, groups: int, norm: float = 2.0, steps: int = 100) -> None:
+        super().__init__(spec, groups)
+        if norm <= 0 or steps < 1:
+            raise ValueError(f"mse norm={norm}, steps={steps}: must be positive")
+        self.norm, self.steps = norm, steps
+
+    def _error(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        qparams = calc_qparams(low, high, self.spec)
+        error = dequantize_rows(quantize_rows(values, *qparams, self.spec), *qparams, self.spec).sub_(values).abs_()
+        return (error.pow_(self.norm) * counts).double().sum(dim=1)
+
+    def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        best = self._error(values, counts, low, high)
+        for ends in ((True, True), (False, True), (True, False))[: 1 if self.spec.symmetric else 3]:
+            full_low, full_high = low, high
+            for shrink in _shrinks(self.steps)[1:]:
+                try_low = full_low * shrink if ends[0] else full_low
+                try_high = full_high * shrink if ends[1] else full_high
+                error = self._error(values, counts, try_low, try_high)
+                better = error < best
+                best = torch.where(better, error, best)
+                low, high = torch.where(better, try_low, low), torch.where(better, try_high, high)
+        return low, high
+
+
+@register_observer("kl")
+class KLObserver(HistogramObserver):
+    """The range whose quantized distribution is closest in entropy (Migacz 2017, "8-bit inference with TensorRT").
+
+    Candidates shrink the range; the reference distribution P keeps the clipped mass in its outermost bins, Q spreads each
+    code's mass evenly over the occupied bins it covers; the least KL(P || Q) wins.
+
+    Args:
+        steps: the grid is 1, 1 - 1/steps, ... of the full range.
+    """
+
+    CELLS = 2048
+
+    def __init__(self, spec: QuantSpec, groups: int, steps: int = 100) -> None:
+        super().__init__(spec, groups)
+        if steps < 1:
+            raise ValueError(f"kl steps={steps}: must be positive")
+        self.steps = steps
+
+    def _divergence(self, mass: Tensor, centers: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        inside = ((centers >= low[:, None]) & (centers <= high[:, None])).to(mass.dtype)
+        codes = quantize_rows(centers, *calc_qparams(low, high, self.spec), self.spec)
+        index = (codes.view(torch.uint8) if codes.is_floating_point() else codes.to(torch.int64) + 128).long()
+        kept = mass * inside
+        below = (mass * (centers < low[:, None])).sum(1, keepdim=True)
+        above = (mass * (centers > high[:, None])).sum(1, keepdim=True)
+        edges = inside.cumsum(1)
+        p = kept + below * ((edges == 1) & (inside > 0)) + above * ((edges == edges[:, -1:]) & (inside > 0))
+        bins = mass.new_zeros(mass.shape[0], 512)
+        occupied = bins.scatter_add(1, index, (kept > 0).to(mass.dtype))
+        q = bins.scatter_add(1, index, kept) / occupied.clamp(min=1)
+        q = q.gather(1, index) * (kept > 0)
+        p, q = p / p.sum(1, keepdim=True).clamp(min=1e-30), q / q.sum(1, keepdim=True).clamp(min=1e-30)
+        # mass where Q has none costs as much as a very unlikely event, not infinitely much
+        return torch.where(p > 0, p * (p / q.clamp(min=1e-10)).log(), 0.0).sum(1)
+
+    def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if self.spec.symmetric and self.spec.signed:
+            high = torch.maximum(-low, high)
+            low = -high
+        span = (high - low).clamp(min=1e-30)[:, None]
+        cell = ((values - low[:, None]) / span * self.CELLS).long().clamp(0, self.CELLS - 1)
+        mass = torch.zeros(values.shape[0], self.CELLS, dtype=torch.float64, device=values.device)
+        mass.scatter_add_(1, cell, counts.double())
+        centers = low[:, None] + span * ((torch.arange(self.CELLS, device=values.device) + 0.5) / self.CELLS)
+        best = torch.full_like(mass[:, 0], torch.inf)
+        best_low, best_high = low, high
+        for shrink in _shrinks(self.steps):
+            divergence = self._divergence(mass, centers, low * shrink, high * shrink)
+            better = divergence < best
+            best = torch.where(better, divergence, best)
+            best_low = torch.where(better, low * shrink, best_low)
+            best_high = torch.where(better, high * shrink, best_high)
+        return best_low, best_high

@@ -1,0 +1,96 @@
+"""Codes of 2 to 8 bits <-> int32 words: a dense little-endian bit stream for each row, compressed-tensors' pack-quantized."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_quant.numerics import FLOAT8, code_dtype, qrange
+from lightning_quant.spec import QuantSpec
+
+
+def packed_words(columns: int, bits: int) -> int:
+    """Words that a row of `columns` codes takes.
+
+    Example:
+        >>> packed_words(576, 3), packed_words(10, 4)
+        (54, 2)
+    """
+    return -(-columns * bits // 32)
+
+
+def _pack_unsigned(codes: Tensor, bits: int) -> Tensor:
+    """`[rows, columns]` of integers in [0, 2^bits) -> int32 `[rows, words]`."""
+    rows, columns = codes.shape
+    # 32 codes fill exactly `bits` words, so every run of 32 is packed alike
+    runs = F.pad(codes.to(torch.int64), (0, -columns % 32)).reshape(rows, -1, 32)
+    words = runs.new_zeros(rows, runs.shape[1], bits + 1)
+    start = torch.arange(32, device=codes.device) * bits
+    shifted = runs << (start % 32)  # up to 39 bits: the low word and what spills into the next
+    words.scatter_add_(2, (start // 32).expand_as(runs), shifted & 0xFFFFFFFF)
+    words.scatter_add_(2, (start // 32 + 1).expand_as(runs), shifted >> 32)
+    words = words[..., :bits].reshape(rows, -1)[:, : packed_words(columns, bits)]
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+
+
+def _unpack_unsigned(words: Tensor, bits: int, columns: int) -> Tensor:
+    """int32 `[rows, words]` -> integers in [0, 2^bits), `[rows, columns]`."""
+    rows = words.shape[0]
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+        codes = (words[..., None] >> shifts) & (2**bits - 1)
+        return codes.reshape(rows, -1)[:, :columns]
+    runs = F.pad(words, (0, -words.shape[1] % bits)).reshape(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
+    runs = F.pad(runs, (0, 1))
+    start = torch.arange(32, device=words.device) * bits
+    pairs = runs[..., start // 32] | (runs[..., start // 32 + 1] << 32)
+    codes = (pairs >> (start % 32)) & (2**bits - 1)
+    return codes.reshape(rows, -1)[:, :columns].to(torch.int32)
+
+
+def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """Pack codes at their real width.
+
+    Signed codes are stored with an offset of 2^(bits-1), float8 codes as their bytes.
+
+    Args:
+        codes: `[rows, columns]`, of `code_dtype(spec)`.
+
+    Returns:
+        int32 `[rows, ceil(columns * bits / 32)]`.
+
+    Example:
+        >>> spec = QuantSpec(4)
+        >>> q = torch.tensor([[-8, 7, 0, 1, 2]], dtype=torch.int8)
+        >>> pack(q, spec).shape, torch.equal(unpack(pack(q, spec), spec, 5), q)
+        (torch.Size([1, 1]), True)
+    """
+    if codes.dim() != 2:
+        raise ValueError(f"pack takes [rows, columns], not {tuple(codes.shape)}")
+    if spec.dtype in FLOAT8:
+        return _pack_unsigned(codes.view(torch.uint8), 8)
+    offset = qrange(spec)[0]
+    return _pack_unsigned(codes.to(torch.int32) - offset, spec.bits)
+
+
+def unpack(words: Tensor, spec: QuantSpec, columns: int) -> Tensor:
+    """Undo `pack`: int32 `[rows, words]` -> codes `[rows, columns]` of `code_dtype(spec)`."""
+    if words.dim() != 2 or words.shape[1] != packed_words(columns, spec.bits):
+        raise ValueError(
+            f"{columns} codes of {spec.bits} bits take [rows, {packed_words(columns, spec.bits)}] words, not {tuple(words.shape)}"
+        )
+    codes = _unpack_unsigned(words, spec.bits, columns)
+    if spec.dtype in FLOAT8:
+        return codes.to(torch.uint8).view(FLOAT8[spec.dtype])
+    return (codes + qrange(spec)[0]).to(code_dtype(spec))
+
+
+def pack_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """`[channels, groups]` zero points, packed along the channels: int32 `[ceil(channels * bits / 32), groups]`."""
+    return pack(zero_point.t().to(code_dtype(spec)), spec).t().contiguous()
+
+
+def unpack_zero_point(words: Tensor, spec: QuantSpec, channels: int) -> Tensor:
+    """Undo `pack_zero_point`: int32 zero points `[channels, groups]`."""
+    return unpack(words.t().contiguous(), spec, channels).t().to(torch.int32)
