@@ -268,6 +268,8 @@ class FakeQuantize(nn.Module):
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """The frozen float32 scale and int32 zero point; raises RuntimeError if there is no range."""
+        if self._stale:
+            self.update_qparams()
         self.require_range()
         qmin, qmax = qrange(self.spec)
         zero_point = self.zero_point.detach().round().clamp(qmin, qmax) if self.spec.is_int else self.zero_point

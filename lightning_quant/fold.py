@@ -81,7 +81,7 @@ def _trace(model: nn.Module, prefix: str, flow: Flow) -> bool:
             continue
         alone = len(source.users) == 1 and calls[source.target] == calls[node.target] == 1
         if alone and _fits(modules[source.target], norm):
-            flow.pairs.append((prefix + source.target, name))
+            flow.pairs.append((f"{prefix}{source.target}", name))
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import warnings
@@ -10,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_quant.fake_quant import METHODS
@@ -95,10 +96,8 @@ def _language_model_heads(model: nn.Module) -> set[int]:
     for name, module in model.named_modules():
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
-            try:
+            with contextlib.suppress(Exception):  # some transformers classes define it and raise
                 heads.add(id(getter()))
-            except Exception:  # some transformers classes define it and raise
-                pass
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         if isinstance(module, nn.Linear) and (
             name.rpartition(".")[2] == "lm_head" or (weight is not None and id(weight) in tables)
@@ -108,7 +107,7 @@ def _language_model_heads(model: nn.Module) -> set[int]:
 
 
 def _check_weights(name: str, module: nn.Module, entry: Entry) -> None:
-    if any(isinstance(value, UninitializedTensorMixin) for value in module.parameters(recurse=False)):
+    if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
         raise ValueError(f"{name}: its weight has no shape yet; run one forward pass before quantizing")
     if parametrize.is_parametrized(module):
         raise Unsupported("parametrized weight; call torch.nn.utils.parametrize.remove_parametrizations first")
@@ -204,13 +203,12 @@ def plan_model(
     found: list[tuple[Match, bool]] = []
     opaque: set[int] = set()  # out_proj of attention that stays in float: read by it, never called
     for name, module in model.named_modules():
-        weights = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
-        known = (
-            isinstance(module, UninitializedTensorMixin)
-            or weights
-            or any(isinstance(value, UninitializedTensorMixin) for value in module._parameters.values())
-        )
-        if not known and not hasattr(module, "weight_orig"):
+        weights = [
+            key
+            for key, value in module._parameters.items()
+            if value is not None and (isinstance(value, UninitializedParameter) or value.dim() > 1)
+        ]
+        if not weights:
             continue
         try:
             if id(module) in opaque:
@@ -290,6 +288,31 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: bool = True) -> nn.Module:
+    """Do what a plan made for this very model says; see `prepare`."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
+    modules = dict(model.named_modules())
+    folds = dict(plan.pairs)
+    if not training:
+        for producer, norm in folds.items():
+            fold_norm(modules[producer], modules[norm])
+            replace_module(model, modules[norm], nn.Identity())
+    for match in plan.matches:
+        setup = _setup(match, plan.recipe, method, training)
+        fake = make_fake(match.module, match.entry)
+        fake.attach(setup)
+        if training and match.name in folds:
+            assert isinstance(fake, FoldableModule)
+            fake.fold(modules[folds[match.name]], folds[match.name])
+        fake.observe_weights()
+    disable_fast_path(model)
+    notes = {match.name: match.note for match in plan.matches if match.note}
+    folded = {norm: producer for producer, norm in plan.pairs}
+    model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes)
+    return model
+
+
 def prepare(
     model: nn.Module,
     recipe: Recipe | str | dict[str, Any],
@@ -308,38 +331,21 @@ def prepare(
         recipe: what `as_recipe` takes.
         method: `"ste"`, or `"lsq"` for learned scales.
         training: for QAT: BatchNorms stay and learn, folded into the quantized weights; else (PTQ) they are folded for good.
-        call, fold: as in `plan_model`.
+        call: runs `model` on an example, to find BatchNorms and the order of layers where tracing does not get through.
+        fold: (module, BatchNorm) names to fold, instead of those found.
 
     Returns:
         `model`.
+
+    Raises:
+        ValueError: see `plan_model`; nothing was changed then.
 
     Example:
         >>> net = prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8-dynamic")
         >>> type(net[0]).__name__, isinstance(net[0], nn.Linear)
         ('FakeLinear', True)
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
-    plan = plan_model(model, recipe, call, fold)
-    modules = dict(model.named_modules())
-    folds = {producer: norm for producer, norm in plan.pairs}
-    if not training:
-        for producer, norm in folds.items():
-            fold_norm(modules[producer], modules[norm])
-            replace_module(model, modules[norm], nn.Identity())
-    for match in plan.matches:
-        setup = _setup(match, plan.recipe, method, training)
-        fake = make_fake(match.module, match.entry)
-        fake.attach(setup)
-        if training and match.name in folds:
-            assert isinstance(fake, FoldableModule)
-            fake.fold(modules[folds[match.name]])
-        fake.observe_weights()
-    disable_fast_path(model)
-    notes = {match.name: match.note for match in plan.matches if match.note}
-    folded = {norm: producer for producer, norm in plan.pairs}
-    model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes)
-    return model
+    return apply_plan(model, plan_model(model, recipe, call, fold), method=method, training=training)
 
 
 # --- convert --------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def make_fake(module: nn.Module, entry: Entry) -> FakeModule:
     """Change the module's class in place: a user's subclass stays a base of the new class."""
     float_type = next(base for base, value in QMODULES.items() if value is entry)
     user_type = type(module)
-    module.__class__ = entry.fake if user_type is float_type else fake_subclass(entry.fake, user_type)
+    module.__class__ = entry.fake if user_type is float_type else fake_subclass(entry.fake, user_type)  # type: ignore[arg-type]
     assert isinstance(module, FakeModule)
     return module
 

@@ -55,7 +55,7 @@ class _Attention(nn.MultiheadAttention):
         padding = padding[:, None, None, :]
         return padding if attn_mask is None else attn_mask + padding
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -118,6 +118,7 @@ class PackedMultiheadAttention(_Attention, PackedModule):
         # its own in-projection lives in the children; None also tells TransformerEncoderLayer to call forward
         packed.register_parameter("in_proj_bias", None)
         reference = next(iter(module.parameters()))
+        assert isinstance(module, nn.MultiheadAttention)
         sizes = {"q_proj": module.embed_dim, "k_proj": module.kdim, "v_proj": module.vdim}
         for name in _PROJECTIONS:
             like = nn.Linear(sizes[name], module.embed_dim, module.in_proj_bias is not None, "meta", reference.dtype)
@@ -165,9 +166,7 @@ class FakeMultiheadAttention(_Attention, FakeModule):
                 part.put_weight("weight", self.get_weight(f"{name}_weight").float(), *quantizer.qparams(), 0)
                 activation = getattr(self, f"{name}_fake_quant")
                 if activation is not None and not activation.spec.dynamic:
-                    scale, zero_point = activation.qparams()
-                    part.input_scale.copy_(scale)
-                    part.input_zero_point.copy_(zero_point)
+                    part.put_activation("input", *activation.qparams())
                 if bias is not None:
                     part.bias.copy_(bias)
         packed.out_proj = (built or {}).get(id(self.out_proj)) or copy.deepcopy(self.out_proj)

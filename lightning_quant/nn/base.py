@@ -7,13 +7,15 @@ describe themselves in their state_dict (`_extra_state`: JSON as bytes, which ev
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_quant.fake_quant import FakeQuantize, keep_fp32
 from lightning_quant.kernels import dequantize as dequantize_op
@@ -23,7 +25,7 @@ from lightning_quant.packing import pack, pack_zero_point, packed_words
 from lightning_quant.spec import QuantScheme, QuantSpec
 
 FORMAT = 1
-_HOOKS_AND_STATE = ("_parameters", "_buffers", "_modules")
+_STATE = ("_parameters", "_buffers", "_modules")
 
 P = TypeVar("P", bound="PackedModule")
 
@@ -108,7 +110,7 @@ class FakeModule(QuantizedModule):
 
     def attach(self, setup: Setup) -> None:
         """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
-        self.scheme, self.folded_norm, self.note = setup.scheme, [], ""
+        self.scheme, self.folded_norm = setup.scheme, []
         assert setup.scheme.weight is not None
         learned = setup.method == "lsq"
         device = next(iter(self.parameters())).device
@@ -126,7 +128,10 @@ class FakeModule(QuantizedModule):
             self.add_module(f"{name}_fake_quant", quantizer)
         activations = [(name, setup.scheme.input) for name in self.input_names] + [("output", setup.scheme.output)]
         for name, spec in activations:
-            quantizer = spec and FakeQuantize(
+            if spec is None:
+                self.register_module(f"{name}_fake_quant", None)
+                continue
+            quantizer = FakeQuantize(
                 spec,
                 axis=self.input_axis,
                 name=f"{setup.name}.{name}",
@@ -135,7 +140,7 @@ class FakeModule(QuantizedModule):
                 learned=learned,
                 device=device,
             )
-            self.register_module(f"{name}_fake_quant", quantizer)
+            self.add_module(f"{name}_fake_quant", quantizer)
 
     def get_weight(self, name: str) -> Tensor:
         """The float weight of that name, before any fold."""
@@ -157,7 +162,7 @@ class FakeModule(QuantizedModule):
         return x if quantizer is None else quantizer(x)
 
     def fake_output(self, x: Tensor) -> Tensor:
-        return x if self.output_fake_quant is None else self.output_fake_quant(x)
+        return self.fake_input(x, "output")
 
     def quantizers(self) -> Iterator[tuple[str, FakeQuantize]]:
         for name, child in self.named_children():
@@ -185,8 +190,7 @@ class FakeModule(QuantizedModule):
             for name in (*self.input_names, "output"):
                 quantizer = getattr(self, f"{name}_fake_quant")
                 if quantizer is not None and not quantizer.spec.dynamic:
-                    for suffix, value in zip(("scale", "zero_point"), quantizer.qparams(), strict=True):
-                        getattr(packed, f"{name}_{suffix}").copy_(value)
+                    packed.put_activation(name, *quantizer.qparams())
             self._fill(packed)
         return packed
 
@@ -217,14 +221,14 @@ class FakeModule(QuantizedModule):
         return (_new_subclass, (base, user), *reduced[2:])
 
 
-@lru_cache(maxsize=None)
+@cache
 def fake_subclass(fake: type, user: type) -> type:
     """A fake class that is also the user's own subclass of a float module, so `isinstance` and its methods stay."""
     return type(f"Fake{user.__name__}", (fake, user), {"_float_type": user, "__module__": fake.__module__})
 
 
 def _new_subclass(fake: type, user: type) -> Any:
-    cls = fake_subclass(fake, user)
+    cls: Any = fake_subclass(fake, user)
     return cls.__new__(cls)
 
 
@@ -246,8 +250,11 @@ class PackedModule(QuantizedModule):
         """A packed module for a float (or fake) one, its tensors allocated and not filled."""
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
-        hidden = (*_HOOKS_AND_STATE, "scheme", "folded_norm", "note")
+        hidden = (*_STATE, "scheme", "folded_norm", "folded_name", *cls.weight_axes(module))
         packed.__dict__.update({key: value for key, value in module.__dict__.items() if key not in hidden})
+        packed._forward_pre_hooks = OrderedDict(
+            (key, hook) for key, hook in module._forward_pre_hooks.items() if not isinstance(hook, BasePruningMethod)
+        )
         packed.scheme = scheme
         first = next(iter(module.parameters()))
         packed._float_dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
@@ -307,6 +314,11 @@ class PackedModule(QuantizedModule):
         if not spec.symmetric:
             value = pack_zero_point(zero_point, spec) if zero_point.dim() == 2 else zero_point
             getattr(self, f"{name}_zero_point").copy_(value)
+
+    def put_activation(self, name: str, scale: Tensor, zero_point: Tensor) -> None:
+        """Set a static activation's qparams."""
+        getattr(self, f"{name}_scale").copy_(scale)
+        getattr(self, f"{name}_zero_point").copy_(zero_point)
 
     def packed_weight(self, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
         return getattr(self, f"{name}_packed"), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point", None)

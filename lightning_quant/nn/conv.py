@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,15 +63,8 @@ class PackedConvTranspose(PackedConv, _ConvTransposeNd):
 def output_padding(module: _ConvTransposeNd, x: Tensor, output_size: list[int] | None) -> list[int]:
     """The padding that gives `output_size`, as `nn.ConvTranspose2d.forward` finds it."""
     dims = len(module.kernel_size)
-    return module._output_padding(
-        x,
-        output_size,
-        module.stride,
-        module.padding,
-        module.kernel_size,
-        dims,
-        module.dilation,  # type: ignore[arg-type]
-    )
+    geometry: Any = (module.stride, module.padding, module.kernel_size, dims, module.dilation)
+    return module._output_padding(x, output_size, *geometry)
 
 
 class FakeConv(FoldableModule, _ConvNd):
@@ -90,8 +84,8 @@ class FakeConv(FoldableModule, _ConvNd):
         x = self.fake_input(x)
         weight = self.fake_weight()
         if self.norm is None:
-            return self.fake_output(self._conv_forward(x, weight, self.bias))  # type: ignore[operator]
-        return self.unscale(self._conv_forward(x, weight, None))  # type: ignore[operator]
+            return self.fake_output(self._conv_forward(x, weight, self.bias))
+        return self.unscale(self._conv_forward(x, weight, None))
 
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -103,7 +97,7 @@ class FakeConvTranspose(FakeConv, _ConvTransposeNd):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         x = self.fake_input(x)
         run = _TRANSPOSED[len(self.kernel_size)]
-        extra = (self.stride, self.padding, output_padding(self, x, output_size), self.groups, self.dilation)
+        extra: Any = (self.stride, self.padding, output_padding(self, x, output_size), self.groups, self.dilation)
         if self.norm is None:
             return self.fake_output(run(x, self.fake_weight(), self.bias, *extra))
         return self.unscale(run(x, self.fake_weight(), None, *extra))

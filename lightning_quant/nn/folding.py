@@ -6,10 +6,13 @@ BatchNorm in place to learn; in eval the two cancel into the folded module that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.nn.base import FakeModule, PackedModule
 
 # a scale below this counts as 0: its channel is constant
@@ -37,7 +40,8 @@ def fold_bias(norm: _BatchNorm, bias: Tensor | None) -> Tensor:
 class FoldableModule(FakeModule):
     """A fake module that may have a BatchNorm folded into its weight."""
 
-    bias: Tensor | None
+    folded_name: str
+    weight_fake_quant: FakeQuantize
     # the channel's dimension in the output: -1 for linear layers, -1 - dims for convolutions
     output_axis = -1
 
@@ -49,8 +53,9 @@ class FoldableModule(FakeModule):
     def norm(self) -> _BatchNorm | None:
         return self.folded_norm[0] if self.folded_norm else None  # type: ignore[return-value]
 
-    def fold(self, norm: nn.Module) -> None:
-        self.folded_norm = [norm]
+    def fold(self, norm: nn.Module, name: str) -> None:
+        """Take `norm`, whose qualified name in the model is `name`, into the quantized weight."""
+        self.folded_norm, self.folded_name = [norm], name
 
     def _scale_weight(self, scale: Tensor) -> Tensor:
         weight = self.get_weight("weight")
@@ -77,14 +82,16 @@ class FoldableModule(FakeModule):
         shape = [1] * out.dim()
         shape[self.output_axis] = -1
         out = out / torch.where(scale.abs() < TINY_SCALE, 1.0, scale).to(out.dtype).view(shape)
-        return out if self.bias is None else out + self.bias.to(out.dtype).view(shape)
+        bias: Any = self.bias
+        return out if bias is None else out + bias.to(out.dtype).view(shape)
 
     def _fill(self, packed: PackedModule) -> None:
         if self.norm is None:
             packed.copy_float(self)
             return
-        bias = fold_bias(self.norm, self.bias).to(self.get_weight("weight").dtype)
+        own: Any = self.bias
+        bias = fold_bias(self.norm, own).to(self.get_weight("weight").dtype)
         packed.register_parameter("bias", nn.Parameter(bias))
 
     def _describe(self) -> dict[str, object]:
-        return {**super()._describe(), "folded": self.norm is not None}
+        return {**super()._describe(), "folded": self.folded_name if self.folded_norm else None}

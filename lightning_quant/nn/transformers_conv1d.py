@@ -13,6 +13,10 @@ from lightning_quant.nn.base import FakeModule, PackedModule
 class PackedConv1D(PackedModule, Conv1D):
     """`Conv1D` with packed weights, laid out by output channel like a linear layer's: `[..., nx]` -> `[..., nf]`."""
 
+    nx: int
+    nf: int
+    bias: Tensor
+
     @classmethod
     def weight_axes(cls, module: nn.Module) -> dict[str, int]:
         return {"weight": 1}
@@ -33,6 +37,7 @@ class PackedConv1D(PackedModule, Conv1D):
 class FakeConv1D(FakeModule, Conv1D):
     """`Conv1D` with quantizers."""
 
+    bias: Tensor
     packed_type = PackedConv1D
     weight_axes = PackedConv1D.weight_axes
 

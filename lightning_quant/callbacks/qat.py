@@ -1,0 +1,236 @@
+"""`QATCallback`: quantization-aware training, hooks only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_quant.calibration import finish_observing, set_flags, to_device
+from lightning_quant.fake_quant import METHODS
+from lightning_quant.recipe import Recipe, as_recipe
+from lightning_quant.surgery import get_info, is_packed, is_prepared, prepare
+
+When = int | float | None
+
+
+def _check_when(name: str, value: When) -> When:
+    """A time is an epoch (int) or a fraction of the training (float in 0..1)."""
+    good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    if not good and not (isinstance(value, float) and 0.0 <= value <= 1.0):
+        raise MisconfigurationException(
+            f"QATCallback {name}={value!r}: give an epoch (int, from 0), a fraction of the training (float in 0..1), or None"
+        )
+    return value
+
+
+class QATCallback(L.Callback):
+    """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877, section 3) in any `Trainer`.
+
+    The model gets its quantizers in `setup`, before checkpoints are restored and optimizers made; from then on only flags
+    change. After the fit, `trainer.quantize()` packs it; the fitted model itself stays as it is, and can be tested, resumed and
+    fitted again. Observers see training batches only.
+
+    Args:
+        recipe: what to quantize: a preset's name, a YAML path, a dict or a Recipe.
+        method: `"ste"`: ranges are observed; `"lsq"`: scales (and zero points) learn, initialised from the observer.
+        quantize_from: when fake quantization starts; before, observers watch the float model.
+        freeze_observers_at: when ranges stop moving (learned scales go on learning).
+        freeze_bn_at: when BatchNorm statistics stop moving.
+
+    Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
+    `quant/bn_frozen` at each epoch, if the Trainer has a logger.
+
+    Raises:
+        MisconfigurationException: a bad method or time.
+        ValueError: a bad recipe.
+
+    Example:
+        >>> callback = QATCallback("w8a8", quantize_from=1, freeze_observers_at=0.6, freeze_bn_at=0.8)
+        >>> trainer = L.Trainer(max_epochs=5, callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        recipe: str | dict[str, Any] | Recipe = "w8a8",
+        *,
+        method: Literal["ste", "lsq"] = "ste",
+        quantize_from: int | float = 0,
+        freeze_observers_at: int | float | None = None,
+        freeze_bn_at: int | float | None = None,
+    ) -> None:
+        super().__init__()
+        if method not in METHODS:
+            raise MisconfigurationException(f"QATCallback method={method!r}: valid are {', '.join(METHODS)}")
+        self.recipe = as_recipe(recipe)
+        self.method = method
+        self.quantize_from = _check_when("quantize_from", quantize_from)
+        if quantize_from is None:
+            raise MisconfigurationException("QATCallback quantize_from=None: then nothing would be quantized; 0 starts at once")
+        self.freeze_observers_at = _check_when("freeze_observers_at", freeze_observers_at)
+        self.freeze_bn_at = _check_when("freeze_bn_at", freeze_bn_at)
+        self._phase: tuple[bool, bool, bool] | None = None
+        self._frozen: list[nn.Module] = []
+        self._total_steps = 0.0
+
+    # --- preparation ---
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if is_packed(pl_module):
+            return
+        if is_prepared(pl_module):
+            self._check_same(pl_module)
+            return
+        if stage == "fit":
+            self._check_times(trainer)
+        if is_overridden("configure_model", pl_module):
+            # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
+            with (
+                trainer.strategy.tensor_init_context(),
+                trainer.strategy.model_sharded_context(),
+                trainer.precision_plugin.module_init_context(),
+            ):
+                pl_module.configure_model()
+        prepare(pl_module, self.recipe, method=self.method, call=_example(trainer, pl_module))
+
+    def _check_same(self, module: nn.Module) -> None:
+        info = get_info(module)
+        if info is not None and (info.recipe != self.recipe or info.method != self.method):
+            raise MisconfigurationException(
+                "the model was prepared with another recipe or method than this QATCallback's: use that one again, or start from the "
+                f"float model. Prepared: {info.method}, {info.recipe}; this callback: {self.method}, {self.recipe}"
+            )
+
+    def _check_times(self, trainer: L.Trainer) -> None:
+        for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at"):
+            if (
+                isinstance(getattr(self, name), float)
+                and trainer.max_epochs == -1
+                and trainer.max_steps == -1
+            ):
+                raise MisconfigurationException(
+                    f"QATCallback {name}={getattr(self, name)} is a fraction of the training, but this training has no end: set max_epochs or "
+                    f"max_steps, or give an epoch (int)"
+                )
+
+    # --- schedule ---
+
+    def _reached(self, when: When, trainer: L.Trainer) -> bool:
+        if when is None:
+            return False
+        if isinstance(when, float):
+            return _progress(trainer, self._total_steps) >= when
+        return trainer.current_epoch >= when
+
+    def _apply(self, trainer: L.Trainer, module: L.LightningModule, *, force: bool = False) -> None:
+        """Bring the flags to where the training is; the whole schedule is derived anew, so any resume is right."""
+        quantizing = self._reached(self.quantize_from, trainer)
+        observing = not self._reached(self.freeze_observers_at, trainer)
+        frozen = self._reached(self.freeze_bn_at, trainer)
+        if not force and (quantizing, observing, frozen) == self._phase:
+            return
+        self._phase = (quantizing, observing, frozen)
+        finish_observing(module)
+        set_flags(module, observing=observing, quantizing=quantizing)
+        if frozen:
+            for part in module.modules():
+                if isinstance(part, _BatchNorm) and part.training:
+                    part.eval()
+                    self._frozen.append(part)
+
+    def _pause(self, module: L.LightningModule) -> None:
+        """Observers off: what runs next is no training batch."""
+        finish_observing(module)
+        set_flags(module, observing=False)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._frozen = []
+        self._total_steps = _total_steps(trainer)
+        self._apply(trainer, pl_module, force=True)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._apply(trainer, pl_module, force=True)
+        assert self._phase is not None
+        names = ("quantizing", "observing", "bn_frozen")
+        values = {f"quant/{name}": float(value) for name, value in zip(names, self._phase, strict=True)}
+        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._apply(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.training or (trainer.state.fn == "fit" and not trainer.sanity_checking):
+            self._apply(trainer, pl_module, force=True)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause(pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    def _leave(self, module: L.LightningModule) -> None:
+        self._pause(module)
+        for part in self._frozen:
+            part.train()  # Lightning keeps the modes it finds: a second fit would start frozen
+        self._frozen, self._phase = [], None
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run was made with: primitives only, for `weights_only` loading."""
+        times = {name: getattr(self, name) for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at")}
+        return {"recipe": self.recipe.to_dict(), "method": self.method, **times}
+
+
+def _total_steps(trainer: L.Trainer) -> float:
+    """Optimizer steps in the whole training; batches under manual optimization, where a batch may step any number of times."""
+    if trainer.lightning_module.automatic_optimization or trainer.max_steps > 0:
+        return float(trainer.estimated_stepping_batches)
+    return float(trainer.num_training_batches * (trainer.max_epochs or 1))
+
+
+def _progress(trainer: L.Trainer, total: float) -> float:
+    """How much of the training is done, 0 to 1."""
+    if trainer.lightning_module.automatic_optimization or trainer.max_steps > 0:
+        return trainer.global_step / max(total, 1.0)
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed / max(total, 1.0)
+
+
+def _example(trainer: L.Trainer, module: L.LightningModule) -> Callable[[], Any] | None:
+    """Runs the module on `example_input_array`, or on the first training batch through its own step."""
+    if module.example_input_array is not None:
+        example = module.example_input_array
+
+        def forward() -> Any:
+            batch = to_device(example, module)
+            if isinstance(batch, tuple):
+                return module(*batch)
+            return module(**batch) if isinstance(batch, dict) else module(batch)
+
+        return forward
+    if not trainer.fit_loop._data_source.is_defined():
+        return None
+
+    def step() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            loader: Any = trainer.fit_loop._data_source.dataloader()
+            batch = to_device(next(iter(loader)), module)
+        name = next(name for name in ("training_step", "validation_step") if is_overridden(name, module))
+        return getattr(module, name)(batch, 0)
+
+    return step

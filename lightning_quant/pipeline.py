@@ -1,0 +1,66 @@
+"""Post-training quantization on a function that runs the data: fold, observe, round, convert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_quant.algorithms import get_algorithms
+from lightning_quant.calibration import evaluating, observing
+from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.observers import make_observer
+from lightning_quant.recipe import Recipe
+from lightning_quant.surgery import Plan, convert, fake_modules, plan_model, prepare
+
+
+def check(model: nn.Module, recipe: Recipe, has_data: bool) -> Plan:
+    """Everything that can be refused before work starts.
+
+    Raises:
+        ValueError: unknown algorithms or observers, a recipe that quantizes nothing, or static activations without data.
+    """
+    get_algorithms(recipe.algorithms)
+    plan = plan_model(model, recipe)
+    scheme = plan.matches[0].scheme
+    for name, options in ((recipe.observer, recipe.observer_options), (recipe.weight_observer, recipe.weight_observer_options)):
+        if name is not None and scheme.weight is not None:
+            make_observer(name, scheme.weight, 0, options)
+    static = [match.name for match in plan.matches if match.scheme.needs_data]
+    if static and not has_data:
+        raise ValueError(
+            f"the recipe has static activations ({', '.join(static[:3])}{', ...' * (len(static) > 3)}), whose ranges come from data: give "
+            f"batches, dataloaders or a datamodule, or use a dynamic or weight-only recipe (w8a8-dynamic, w8a16, w4a16, ...)"
+        )
+    return plan
+
+
+def quantize_model(
+    model: nn.Module, recipe: Recipe, run: Callable[[], None] | None = None, example: Callable[[], Any] | None = None
+) -> nn.Module:
+    """Quantize a float model that is the caller's to change.
+
+    Args:
+        model: float; its modules become fake-quantized ones.
+        run: passes the calibration data through `model`; may be None if the recipe needs none.
+        example: passes one batch through `model`, to find BatchNorms where tracing does not get through.
+
+    Returns:
+        the packed model, a new object.
+    """
+    algorithms = get_algorithms(recipe.algorithms)
+    with evaluating(model):
+        prepare(model, recipe, training=False, call=example)
+    if run is not None and needs_data(model):
+        with observing(model):
+            run()
+    for algorithm in algorithms:
+        algorithm(model, run)
+    return convert(model)
+
+
+def needs_data(model: nn.Module) -> bool:
+    """Whether a prepared model has activation ranges to find."""
+    found: list[FakeQuantize] = [quantizer for module in fake_modules(model).values() for _, quantizer in module.quantizers()]
+    return any(not quantizer.is_weight and not quantizer.spec.dynamic for quantizer in found)

@@ -1,0 +1,99 @@
+"""Imports go strictly down (the design's "Layers"), and importing the package costs and says nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+import lightning_quant
+
+PACKAGE = "lightning_quant"
+ROOT = Path(lightning_quant.__file__).parent
+
+# from the lowest to the highest; what one pattern matches is one level, and does not import each other
+ORDER = [
+    *("spec", "recipe"),
+    *("numerics", "packing"),
+    *("observers", "fake_quant"),
+    *("kernels.reference", "kernels.*", "kernels"),
+    *("nn.base", "nn.folding", "nn.linear", "nn.conv", "nn.embedding", "nn.rnn", "nn.attention", "nn.transformers_conv1d"),
+    *("nn.lora", "nn"),
+    *("fold", "surgery", "calibration"),
+    *("algorithms.*", "algorithms", "sensitivity", "qlora", "serialization", "export.*", "export", "report", "plots"),
+    "pipeline",
+    *("quantize", "compare", "checkpoint", "callbacks.*", "callbacks", "precision", "trainer"),
+    *("cli", "__main__", ""),
+]
+MAY_IMPORT_LIGHTNING = ["quantize", "compare", "checkpoint", "callbacks", "callbacks.*", "precision", "trainer", "cli", ""]
+OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def level(name: str) -> int:
+    for index, pattern in enumerate(ORDER):
+        if name == pattern or ("*" in pattern and fnmatchcase(name, pattern)):
+            return index
+    raise AssertionError(f"{name} has no place in the order of layers: add it to ORDER in {__file__}")
+
+
+def imports(name: str) -> Iterator[tuple[str, bool]]:
+    """Full names of what a module imports, and whether that runs at import time."""
+
+    def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name}: relative import in line {child.lineno}"
+                for alias in child.names:
+                    full = f"{child.module}.{alias.name}"
+                    is_module = full.removeprefix(f"{PACKAGE}.") in FILES
+                    yield (full if is_module else str(child.module)), top
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                yield from walk(child, False)
+            else:
+                yield from walk(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+    yield from walk(ast.parse(FILES[name].read_text()), True)
+
+
+def test_the_package_is_found():
+    assert {"spec", "nn.base", "kernels", ""} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES, ids=lambda name: name or PACKAGE)
+def test_imports_go_down(name):
+    mine = level(name)
+    for imported, _ in imports(name):
+        if imported == PACKAGE or imported.startswith(f"{PACKAGE}."):
+            other = imported.removeprefix(PACKAGE).removeprefix(".")
+            assert level(other) < mine, f"{name or PACKAGE} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("name", FILES, ids=lambda name: name or PACKAGE)
+def test_who_imports_what_is_not_ours(name):
+    allowed = any(fnmatchcase(name, pattern) for pattern in MAY_IMPORT_LIGHTNING)
+    for imported, top in imports(name):
+        package = imported.partition(".")[0]
+        assert allowed or package not in ("lightning", "pytorch_lightning"), f"{name} imports {imported}"
+        if name != "nn.transformers_conv1d":
+            assert not (top and package in OPTIONAL), f"{name} imports the optional {imported} at its top level"
+
+
+def test_import_prints_nothing_and_starts_no_gpu():
+    code = f"import {PACKAGE}, torch; raise SystemExit(3 if torch.cuda.is_initialized() else 0)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
