@@ -1,12 +1,14 @@
 """Quantization for PyTorch Lightning: QAT, PTQ and packed low-bit models, each one line in a Trainer."""
 
 from lightning_quant.callbacks import QATCallback
+from lightning_quant.checkpoint import load_from_checkpoint
+from lightning_quant.compare import Comparison, compare
 from lightning_quant.quantize import quantize
 from lightning_quant.recipe import Recipe
 from lightning_quant.report import Summary, summary
 from lightning_quant.serialization import load_quantized, save_quantized
 from lightning_quant.spec import PRESETS, QuantScheme, QuantSpec
-from lightning_quant.surgery import convert, prepare
+from lightning_quant.surgery import convert, param_groups, prepare
 from lightning_quant.trainer import Trainer
 
 __version__ = "0.1.0"

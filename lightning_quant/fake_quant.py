@@ -41,7 +41,7 @@ class _RoundTrip(torch.autograd.Function):
 
 
 class _LSQ(torch.autograd.Function):
-    """LSQ (Esser et al. 2020, arXiv:1902.08153, section 2.1) and, for the zero point, LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576)."""
+    """LSQ (Esser et al. 2020, arXiv:1902.08153, section 2.1); its zero point is LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_factor: float) -> Tensor:
@@ -168,7 +168,7 @@ class FakeQuantize(nn.Module):
         >>> fq.observing, fq.quantizing = False, True
         >>> fq.update_qparams()
         >>> fq(torch.tensor([1.0, 9.0]))
-        tensor([1.0039, 3.0118])
+        tensor([1.0039, 2.9961])
     """
 
     scale: Tensor

@@ -162,8 +162,8 @@ def _check_pairs(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]
         producer, norm = pair
         if not _fits(modules[producer], modules[norm]):
             raise ValueError(
-                f"fold pair ({producer!r}, {norm!r}): {type(modules[producer]).__name__} and {type(modules[norm]).__name__} do not fit; "
-                f"it takes a convolution or linear layer and a BatchNorm of as many channels that tracks running statistics"
+                f"fold pair ({producer!r}, {norm!r}): {type(modules[producer]).__name__} and {type(modules[norm]).__name__} do "
+                f"not fit; it takes a convolution or linear layer and a BatchNorm of as many channels with running statistics"
             )
         checked.append((producer, norm))
     return checked

@@ -30,8 +30,8 @@ def check(model: nn.Module, recipe: Recipe, has_data: bool) -> Plan:
     static = [match.name for match in plan.matches if match.scheme.needs_data]
     if static and not has_data:
         raise ValueError(
-            f"the recipe has static activations ({', '.join(static[:3])}{', ...' * (len(static) > 3)}), whose ranges come from data: give "
-            f"batches, dataloaders or a datamodule, or use a dynamic or weight-only recipe (w8a8-dynamic, w8a16, w4a16, ...)"
+            f"the recipe has static activations ({', '.join(static[:3])}{', ...' * (len(static) > 3)}), whose ranges come from "
+            f"data: give batches, dataloaders or a datamodule, or use a dynamic or weight-only recipe (w8a8-dynamic, w4a16, ...)"
         )
     return plan
 

@@ -113,8 +113,8 @@ def _convert_trained(module: nn.Module, recipe: Any, dry_run: bool) -> Any:
     quantizers = [part for part in module.modules() if isinstance(part, FakeQuantize)]
     if not all(part.quantizing for part in quantizers):
         warnings.warn(
-            "fake quantization never started in this model's training (see QATCallback's quantize_from), so the weights never adapted "
-            "to it; they are rounded with the ranges observed so far",
+            "fake quantization never started in this model's training (see QATCallback's quantize_from), so the weights never "
+            "adapted to it; they are rounded with the ranges observed so far",
             stacklevel=3,
         )
     return converted
@@ -212,8 +212,8 @@ def _find_step(module: L.LightningModule, forward: Forward | None) -> str | Forw
     if type(module).forward is not L.LightningModule.forward:
         return "predict_step"
     raise MisconfigurationException(
-        f"{type(module).__name__} has no step that calibration can run: define calibration_step(batch, batch_idx), validation_step or "
-        f"predict_step (training_step only under automatic optimization), or pass forward=lambda model, batch: ..."
+        f"{type(module).__name__} has no step that calibration can run: define calibration_step(batch, batch_idx), validation_step "
+        f"or predict_step (training_step only under automatic optimization), or pass forward=lambda model, batch: ..."
     )
 
 

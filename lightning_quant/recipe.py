@@ -24,7 +24,7 @@ def matches(pattern: str, name: str, type_names: Sequence[str] = ()) -> bool:
         type_names: the names of the module's class and its bases.
 
     Example:
-        >>> matches("*.q_proj", "layers.0.q_proj"), matches("re:layers[.][01][.]", "layers.0.fc"), matches("Linear", "fc", ["Linear"])
+        >>> matches("*.q_proj", "layers.0.q_proj"), matches("re:layers[.]0", "layers.0.fc"), matches("Linear", "fc", ["Linear"])
         (True, True, True)
     """
     if pattern.startswith("re:"):

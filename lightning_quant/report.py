@@ -116,8 +116,8 @@ def summary(model: nn.Module) -> Summary:
     Example:
         >>> from lightning_quant.surgery import prepare
         >>> print(summary(prepare(nn.Sequential(nn.Linear(256, 64), nn.LayerNorm(64)), "w8a16")))
-        module  type    scheme          bits  bytes before  after   note
-        ------  ------  --------------  ----  ------------  ------  ----
+        module  type    scheme           bits  bytes before  after   note
+        ------  ------  ---------------  ----  ------------  ------  ----
         0       Linear  w: int8 channel  8.13  65,536        16,656
         whole model: 66,304 -> 17,424 bytes (0.263)
     """

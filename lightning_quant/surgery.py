@@ -390,3 +390,31 @@ def convert(model: nn.Module) -> nn.Module:
     converted: nn.Module = copy.deepcopy(model, {**built, **replaced})
     disable_fast_path(converted)
     return converted.eval()
+
+
+def param_groups(module: nn.Module, *, scale_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
+    """Optimizer groups with the learned scales and zero points apart: their own rate, and no weight decay.
+
+    Args:
+        module: a module prepared with `method="lsq"` (or any other: then there is only the first group).
+        scale_lr: the rate of scales and zero points; by default `lr` of `options`, or the optimizer's.
+        options: of the first group, such as `lr` and `weight_decay`.
+
+    Returns:
+        groups for any torch optimizer: first what the float model has, in its order, then the quantizers' parameters.
+
+    Example:
+        >>> net = prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8", method="lsq")
+        >>> [len(group["params"]) for group in param_groups(net, lr=1e-3, weight_decay=1e-4, scale_lr=1e-4)]
+        [2, 3]
+    """
+    learned = {
+        id(parameter) for fake in fake_modules(module).values() for _, part in fake.quantizers() for parameter in part.parameters()
+    }
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [value for value in trained if id(value) not in learned], **options}]
+    scales = [value for value in trained if id(value) in learned]
+    if scales:
+        rate = scale_lr if scale_lr is not None else options.get("lr")
+        groups.append({"params": scales, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})})
+    return groups

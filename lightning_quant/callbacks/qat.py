@@ -103,20 +103,16 @@ class QATCallback(L.Callback):
         info = get_info(module)
         if info is not None and (info.recipe != self.recipe or info.method != self.method):
             raise MisconfigurationException(
-                "the model was prepared with another recipe or method than this QATCallback's: use that one again, or start from the "
-                f"float model. Prepared: {info.method}, {info.recipe}; this callback: {self.method}, {self.recipe}"
+                "the model was prepared with another recipe or method than this QATCallback's: use that one again, or start from "
+                f"the float model. Prepared: {info.method}, {info.recipe}; this callback: {self.method}, {self.recipe}"
             )
 
     def _check_times(self, trainer: L.Trainer) -> None:
         for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at"):
-            if (
-                isinstance(getattr(self, name), float)
-                and trainer.max_epochs == -1
-                and trainer.max_steps == -1
-            ):
+            if isinstance(getattr(self, name), float) and trainer.max_epochs == -1 and trainer.max_steps == -1:
                 raise MisconfigurationException(
-                    f"QATCallback {name}={getattr(self, name)} is a fraction of the training, but this training has no end: set max_epochs or "
-                    f"max_steps, or give an epoch (int)"
+                    f"QATCallback {name}={getattr(self, name)} is a fraction of the training, but this training "
+                    f"has no end: set max_epochs or max_steps, or give an epoch (int)"
                 )
 
     # --- schedule ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -45,6 +45,10 @@ class Setup:
     observer_options: dict[str, Any] = field(default_factory=dict)
     weight_observer: str = "minmax"
     weight_observer_options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the scheme, which a module describes by itself."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scheme"}
 
 
 def encode_state(state: dict[str, Any]) -> Tensor:
@@ -107,10 +111,11 @@ class FakeModule(QuantizedModule):
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     # the BatchNorm folded into this module, in a list: owned elsewhere, not a submodule here
     folded_norm: list[nn.Module]
+    setup: Setup
 
     def attach(self, setup: Setup) -> None:
         """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
-        self.scheme, self.folded_norm = setup.scheme, []
+        self.setup, self.scheme, self.folded_norm = setup, setup.scheme, []
         assert setup.scheme.weight is not None
         learned = setup.method == "lsq"
         device = next(iter(self.parameters())).device
@@ -199,9 +204,8 @@ class FakeModule(QuantizedModule):
         packed.copy_float(self)
 
     def _describe(self) -> dict[str, Any]:
-        learned = any(quantizer.learned for _, quantizer in self.quantizers())
         quantizing = all(quantizer.quantizing for _, quantizer in self.quantizers())
-        return {**super()._describe(), "method": "lsq" if learned else "ste", "quantizing": quantizing}
+        return {**super()._describe(), "quantizing": quantizing, "setup": self.setup.to_dict()}
 
     def _restore(self, found: dict[str, Any]) -> None:
         for _, quantizer in self.quantizers():
@@ -250,7 +254,7 @@ class PackedModule(QuantizedModule):
         """A packed module for a float (or fake) one, its tensors allocated and not filled."""
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
-        hidden = (*_STATE, "scheme", "folded_norm", "folded_name", *cls.weight_axes(module))
+        hidden = (*_STATE, "scheme", "setup", "folded_norm", "folded_name", *cls.weight_axes(module))
         packed.__dict__.update({key: value for key, value in module.__dict__.items() if key not in hidden})
         packed._forward_pre_hooks = OrderedDict(
             (key, hook) for key, hook in module._forward_pre_hooks.items() if not isinstance(hook, BasePruningMethod)

@@ -1,0 +1,75 @@
+"""Lightning checkpoints of quantized models: rebuild the structure that a checkpoint describes, then load it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from torch import nn
+
+from lightning_quant.nn import find_entry, make_fake
+from lightning_quant.nn.attention import disable_fast_path
+from lightning_quant.nn.base import Setup
+from lightning_quant.nn.folding import FoldableModule
+from lightning_quant.serialization import build_packed, described_modules
+from lightning_quant.spec import QuantScheme
+
+M = TypeVar("M", bound=L.LightningModule)
+
+
+def load_from_checkpoint(
+    module_class: type[M],
+    checkpoint_path: str | os.PathLike[str],
+    map_location: Any = "cpu",
+    **kwargs: Any,
+) -> M:
+    """`module_class.load_from_checkpoint` for checkpoints of prepared (QAT) and packed models, and of float ones.
+
+    The plain one builds a float module, whose keys such a checkpoint does not have; this one first gives it the structure that
+    the checkpoint describes.
+
+    Args:
+        module_class: the LightningModule's class.
+        checkpoint_path: a `.ckpt` that a Trainer saved; read with `weights_only=True`.
+        map_location: as in `torch.load`.
+        kwargs: the constructor's arguments, over the hyperparameters that were saved.
+
+    Returns:
+        the module, prepared or packed as it was saved.
+
+    Raises:
+        ValueError: no Lightning checkpoint, or one of another model.
+    """
+    checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{checkpoint_path} is no Lightning checkpoint: it has no state_dict")
+    state = checkpoint["state_dict"]
+    saved = dict(checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    takes = inspect.signature(module_class.__init__).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+        saved = {name: value for name, value in saved.items() if name in takes}
+    module = module_class(**{**saved, **kwargs})
+    if described_modules(state, "packed"):
+        return build_packed(module, state, str(checkpoint_path))  # type: ignore[return-value]
+    rebuild_prepared(module, state, str(checkpoint_path))
+    module.load_state_dict(state)
+    return module
+
+
+def rebuild_prepared(module: nn.Module, state: dict[str, Any], source: str) -> None:
+    """Give a float module the quantizers that a state_dict describes, in place; nothing if it describes none."""
+    modules = dict(module.named_modules())
+    described = described_modules(state, "fake")
+    missing = [name for name in described if name not in modules]
+    if missing:
+        raise ValueError(f"{source} was not made from this {type(module).__name__}: it has no module {', '.join(missing[:3])}")
+    for name, told in described.items():
+        fake = make_fake(modules[name], find_entry(modules[name]))
+        fake.attach(Setup(QuantScheme.from_dict(told["scheme"]), **told["setup"]))
+        if isinstance(fake, FoldableModule) and told.get("folded"):
+            fake.fold(modules[told["folded"]], told["folded"])
+    if described:
+        disable_fast_path(module)
