@@ -280,6 +280,7 @@ def _borrowed(trainer: L.Trainer, limit: int) -> Iterator[None]:
         (connector, "_logged_metrics"),
         (connector, "_progress_bar_metrics"),
         (loop, "inference_mode"),
+        (loop, "_results"),  # holds the metrics of the model validated last, and resets them
         (loop, "verbose"),
         (trainer._data_connector, "_datahook_selector"),
         *((each, "_combined_loader") for each in (fit, fit_val, loop, trainer.test_loop, trainer.predict_loop)),
@@ -291,6 +292,7 @@ def _borrowed(trainer: L.Trainer, limit: int) -> Iterator[None]:
     trainer.loggers = [DummyLogger()] if trainer.loggers else []
     trainer.limit_val_batches = limit
     loop.inference_mode = False
+    loop._results = type(loop._results)(training=False)
     try:
         yield
     finally:

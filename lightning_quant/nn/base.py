@@ -248,6 +248,7 @@ class PackedModule(QuantizedModule):
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     optional_float: ClassVar[tuple[str, ...]] = ("bias",)
     _float_dtype: torch.dtype
+    spec_args: tuple[str, str]  # the weight's and the input's spec as the operators take them
 
     @classmethod
     def empty(cls: type[P], module: nn.Module, scheme: QuantScheme, device: torch.device | str | None = None) -> P:
@@ -260,11 +261,12 @@ class PackedModule(QuantizedModule):
             (key, hook) for key, hook in module._forward_pre_hooks.items() if not isinstance(hook, BasePruningMethod)
         )
         packed.scheme = scheme
+        assert scheme.weight is not None
+        packed.spec_args = (scheme.weight.encode(), scheme.input.encode() if scheme.input else "")
         first = next(iter(module.parameters()))
         packed._float_dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
         device = first.device if device is None else torch.device(device)
         spec = scheme.weight
-        assert spec is not None
         for name, axis in cls.weight_axes(module).items():
             shape = getattr(module, name).shape
             packed._allocate_weight(name, tuple(shape), axis, spec, device)
@@ -329,10 +331,8 @@ class PackedModule(QuantizedModule):
 
     def dequantized_weight(self, name: str = "weight") -> Tensor:
         """The weight in float32 and its own shape."""
-        axis = self.weight_axes(self)[name]
-        shape = self.packed_shape(name)
-        assert self.scheme.weight is not None
-        return dequantize_op(*self.packed_weight(name), shape, axis, self.scheme.weight.encode())
+        axis, shape = self.weight_axes(self)[name], self.packed_shape(name)
+        return dequantize_op(*self.packed_weight(name), shape, axis, self.spec_args[0])
 
     def packed_shape(self, name: str) -> list[int]:
         """The float weight's shape, from the module's own attributes (no tensor is read)."""
@@ -340,13 +340,6 @@ class PackedModule(QuantizedModule):
 
     def input_args(self, name: str = "input") -> tuple[Tensor | None, Tensor | None]:
         return getattr(self, f"{name}_scale", None), getattr(self, f"{name}_zero_point", None)
-
-    @property
-    def spec_args(self) -> tuple[str, str]:
-        """The weight's and the input's spec as the operators take them."""
-        scheme = self.scheme
-        assert scheme.weight is not None
-        return scheme.weight.encode(), scheme.input.encode() if scheme.input else ""
 
     def cast_input(self, x: Tensor) -> Tensor:
         """Under autocast the operators compute in its dtype, as torch's own linear and convolution do."""

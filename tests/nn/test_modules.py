@@ -94,16 +94,30 @@ def test_what_was_calibrated_is_what_runs(case_id, preset):
     assert_close(it.idle_output, it.float_output, 1e-6)
     want = it.run(it.prepared)
     assert_close(it.run(it.packed), want)
-    assert any(not torch.equal(one, two) for one, two in zip(leaves(want), leaves(it.float_output)))
+    exact = case_id == "Linear-one"  # some grids hold a single weight exactly
+    assert exact or any(not torch.equal(one, two) for one, two in zip(leaves(want), leaves(it.float_output)))
+
+
+def assert_is_the_reference(it: Made, case_id: str, tol: float) -> None:
+    expected = REFERENCES[BY_ID[case_id].kind](it.inner, it.plain.get_submodule("0"), *it.args, **it.kwargs)
+    assert_close(it.run(it.packed), expected, tol)
+    assert_close(it.run(it.prepared), expected, tol)
 
 
 @every_preset
 @every_case
 def test_output_is_that_of_an_independent_computation(case_id, preset):
-    it = made(case_id, preset)
-    expected = REFERENCES[BY_ID[case_id].kind](it.inner, it.plain.get_submodule("0"), *it.args, **it.kwargs)
-    assert_close(it.run(it.packed), expected, 2e-5)
-    assert_close(it.run(it.prepared), expected, 2e-5)
+    spec = PRESETS[preset].scheme.input
+    inner = BY_ID[case_id].kind in (nn.LSTM, nn.GRU, nn.MultiheadAttention) and spec is not None
+    # a token's largest magnitude lies on the tie of 127.5 steps: rounding noise in front of it may move it by one step
+    tie = inner and spec.dynamic and spec.is_int and spec.symmetric
+    assert_is_the_reference(made(case_id, preset), case_id, 0.02 if tie else 2e-5)
+
+
+@pytest.mark.parametrize("case_id", [case.id for case in CASES if case.kind not in (nn.Embedding, nn.EmbeddingBag)])
+def test_coarse_dynamic_activations(case_id):
+    coarse = QuantSpec(3, symmetric=False, granularity="token", dynamic=True)
+    assert_is_the_reference(make(case_id, QuantScheme(QuantSpec(8), coarse)), case_id, 2e-5)
 
 
 @pytest.mark.parametrize("case_id", [case.id for case in CASES if case.kind is nn.MultiheadAttention])
@@ -126,7 +140,7 @@ def test_the_attention_written_for_these_tests_is_torchs(case_id):
 
 OUTPUTS = {
     "static": QuantSpec(8, symmetric=False, granularity="tensor"),
-    "dynamic": QuantSpec(8, granularity="token", dynamic=True),
+    "dynamic": QuantSpec(8, symmetric=False, granularity="token", dynamic=True),
 }
 
 
