@@ -65,8 +65,9 @@ class Observer(nn.Module):
     def __init__(self, spec: QuantSpec, groups: int) -> None:
         super().__init__()
         self.spec = spec
-        self.register_buffer("min_val", torch.full((groups,), torch.inf))
-        self.register_buffer("max_val", torch.full((groups,), -torch.inf))
+        # without groups there is no state, only `measure`
+        self.register_buffer("min_val", torch.full((groups,), torch.inf), persistent=groups > 0)
+        self.register_buffer("max_val", torch.full((groups,), -torch.inf), persistent=groups > 0)
 
     @property
     def has_data(self) -> bool:
@@ -96,6 +97,12 @@ class Observer(nn.Module):
             counts: the same shape, how often each value occurs (0 for padding).
         """
         return _finite_range(rows)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:  # a float checkpoint, or one that was made with another observer
+            self.reset()
 
     @torch.no_grad()
     def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
@@ -147,8 +154,8 @@ class HistogramObserver(Observer):
 
     def __init__(self, spec: QuantSpec, groups: int) -> None:
         super().__init__(spec, groups)
-        self.register_buffer("counts", torch.zeros(groups, self.BINS, dtype=torch.int64))
-        self.register_buffer("exponent", torch.full((groups,), self.MIN_EXPONENT, dtype=torch.int32))
+        self.register_buffer("counts", torch.zeros(groups, self.BINS, dtype=torch.int64), persistent=groups > 0)
+        self.register_buffer("exponent", torch.full((groups,), self.MIN_EXPONENT, dtype=torch.int32), persistent=groups > 0)
 
     @torch.no_grad()
     def reset(self) -> None:

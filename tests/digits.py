@@ -87,7 +87,10 @@ class Classifier(L.LightningModule):
         self.log("accuracy", self.accuracy)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        steps = min(self.trainer.estimated_stepping_batches, 10_000)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.02, 1 - step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def accuracy(model: L.LightningModule, **options: Any) -> float:

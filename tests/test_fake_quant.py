@@ -62,7 +62,9 @@ def test_ste_by_groups_is_that_of_each_group():
         assert torch.equal(ours.grad[:, part], theirs.grad)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(8, dtype) for dtype in FLOAT8] + [QuantSpec(4, "nf4", granularity="group", group_size=16)])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(8, dtype) for dtype in FLOAT8] + [QuantSpec(4, "nf4", granularity="group", group_size=16)]
+)
 def test_ste_of_what_is_not_an_integer(spec):
     x = torch.randn(3, 50)
     scale, zero_point = qparams(x, spec)
@@ -268,7 +270,9 @@ def test_half_a_state_is_missing_keys():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()], ids=["bf16", "half", "double"])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()], ids=["bf16", "half", "double"]
+)
 def test_casts_keep_the_scale(cast, method):
     for observer in ("minmax", "percentile"):
         quantizer = FakeQuantize(TENSOR, observer=observer, learned=method == "lsq")

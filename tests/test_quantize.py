@@ -216,7 +216,9 @@ def test_the_step_is_found(names: tuple[str, ...], chosen: str) -> None:
     before = snapshot(model)
     qmodel = lq.quantize(model, "w8a8", dataloaders=DataLoader(torch.cat(batches()), 8))
     assert Steps.ran == [(chosen, False, False)] * 3
-    assert input_scales(qmodel) == {f"net.{name}": value for name, value in input_scales(lq.quantize(mlp(), "w8a8", batches())).items()}
+    assert input_scales(qmodel) == {
+        f"net.{name}": value for name, value in input_scales(lq.quantize(mlp(), "w8a8", batches())).items()
+    }
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -41,8 +41,8 @@ class PackedConv(PackedModule, _ConvNd):
         args = (*self.packed_weight(), self.bias, *self.input_args(), self.packed_shape("weight"), *geometry, *self.spec_args)
         return self.quantize_output(conv(x, *args))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cast_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.cast_input(input)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             # 0 is on every grid and other modes only repeat values, so padding and quantizing commute
@@ -55,8 +55,8 @@ class PackedConv(PackedModule, _ConvNd):
 class PackedConvTranspose(PackedConv, _ConvTransposeNd):
     """A transposed convolution with packed weights."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = self.cast_input(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self.cast_input(input)
         return self._run(x, self.padding, output_padding(self, x, output_size))  # type: ignore[arg-type]
 
 
@@ -80,8 +80,8 @@ class FakeConv(FoldableModule, _ConvNd):
     def channel_groups(self) -> int:
         return self.groups if self.transposed else 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fake_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.fake_input(input)
         weight = self.fake_weight()
         if self.norm is None:
             return self.fake_output(self._conv_forward(x, weight, self.bias))
@@ -94,8 +94,8 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 class FakeConvTranspose(FakeConv, _ConvTransposeNd):
     """A transposed convolution with quantizers."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = self.fake_input(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self.fake_input(input)
         run = _TRANSPOSED[len(self.kernel_size)]
         extra: Any = (self.stride, self.padding, output_padding(self, x, output_size), self.groups, self.dilation)
         if self.norm is None:

@@ -37,8 +37,8 @@ class PackedEmbedding(_Table, PackedModule, nn.Embedding):
         """The dequantized table in the module's float dtype, computed on every access."""
         return self.dequantized_weight().to(self._float_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = embedding(x, *self.packed_weight(), self.embedding_dim, self.spec_args[0])
+    def forward(self, input: Tensor) -> Tensor:
+        rows = embedding(input, *self.packed_weight(), self.embedding_dim, self.spec_args[0])
         return self.quantize_output(rows.to(self._float_dtype))
 
 
@@ -47,8 +47,8 @@ class FakeEmbedding(_Table, FakeModule, nn.Embedding):
 
     packed_type = PackedEmbedding
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.embedding(x, self.fake_weight(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+    def forward(self, input: Tensor) -> Tensor:
+        out = F.embedding(input, self.fake_weight(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         return self.fake_output(out)
 
 

@@ -21,8 +21,8 @@ class PackedLinear(PackedModule, nn.Linear):
         """The dequantized weight in the module's float dtype, computed on every access."""
         return self.dequantized_weight().to(self._float_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cast_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.cast_input(input)
         args = (*self.packed_weight(), self.bias, *self.input_args(), self.in_features, *self.spec_args)
         return self.quantize_output(linear(x, *args))
 
@@ -32,14 +32,14 @@ class FakeLinear(FoldableModule, nn.Linear):
 
     packed_type = PackedLinear
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm is not None and x.dim() != 2:
+    def forward(self, input: Tensor) -> Tensor:
+        if self.norm is not None and input.dim() != 2:
             # BatchNorm1d normalises dim 1, which are the features only of a 2-D input
             raise ValueError(
-                f"{self.weight_fake_quant.name}: its BatchNorm was folded in, but the input has {x.dim()} dimensions, where the "
+                f"{self.weight_fake_quant.name}: its BatchNorm was folded in, but the input has {input.dim()} dimensions, where the "
                 f"BatchNorm normalises dimension 1 and not the features. Leave the pair out: pass fold=[] or a list without it"
             )
-        x = self.fake_input(x)
+        x = self.fake_input(input)
         weight = self.fake_weight()
         if self.norm is None:
             return self.fake_output(F.linear(x, weight, self.bias))

@@ -27,7 +27,9 @@ class Case:
         return f"{self.kind if isinstance(self.kind, str) else self.kind.__name__}-{self.label}"
 
 
-def simple(kind: type[nn.Module], label: str, build: tuple[Any, ...], shape: tuple[int, ...], call: Any = None, **options: Any) -> Case:
+def simple(
+    kind: type[nn.Module], label: str, build: tuple[Any, ...], shape: tuple[int, ...], call: Any = None, **options: Any
+) -> Case:
     return Case(kind, label, lambda: kind(*build, **options), lambda: (torch.randn(shape),), call or {})
 
 

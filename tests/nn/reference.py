@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from lightning_quant.spec import QuantSpec
 from tests.helpers import own_activation, own_weight, stored_activation
 
 CONVS = {

@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -67,7 +67,7 @@ def make(case_id: str, scheme: Any, pattern: str = "0*") -> Made:
     return Made(plain, prepared, convert(prepared), args, case.kwargs, float_output, idle_output)
 
 
-@lru_cache(maxsize=None)
+@cache
 def made(case_id: str, preset: str) -> Made:
     """Shared: a test that changes a module copies it first."""
     return make(case_id, preset)

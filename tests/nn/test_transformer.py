@@ -15,7 +15,7 @@ from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.surgery import convert, prepare
 from tests.helpers import assert_close, assert_same, calibrate, leaves, quantizers
 
-WIDTH, HEADS = 12, 3
+WIDTH, HEADS = 12, 4  # even, or encoders use no nested tensors
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
 PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 OPTIONS = {"dropout": 0.0, "batch_first": True, "dim_feedforward": 17}
