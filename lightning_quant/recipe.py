@@ -74,6 +74,7 @@ class Recipe:
         weight_observer: of weight ranges; by default `minmax`, or `mse` for learned scales below 8 bits.
         weight_observer_options: its keyword arguments.
         algorithms: PTQ algorithms to run in order, keys of `ALGORITHMS`.
+        fold: (module, BatchNorm) names to fold, instead of the pairs that are found; an empty list folds none.
         bits, group_size, symmetric, granularity: override the weight spec of `scheme`.
 
     Raises:
@@ -96,6 +97,7 @@ class Recipe:
     weight_observer: str | None
     weight_observer_options: dict[str, Any]
     algorithms: tuple[str, ...]
+    fold: tuple[tuple[str, ...], ...] | None
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class Recipe:
         weight_observer: str | None = None,
         weight_observer_options: dict[str, Any] | None = None,
         algorithms: str | Sequence[str] = (),
+        fold: Sequence[Sequence[str]] | None = None,
         bits: int | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
@@ -135,6 +138,7 @@ class Recipe:
             "weight_observer": weight_observer,
             "weight_observer_options": dict(weight_observer_options or {}),
             "algorithms": _patterns(algorithms, "algorithms"),
+            "fold": None if fold is None else tuple(_patterns(pair, "fold") for pair in fold),
         }
         _patterns(values["schemes"], "schemes")  # type: ignore[arg-type]
         for name, value in values.items():
@@ -158,6 +162,7 @@ class Recipe:
         plain["edges"] = self.edges and self.edges.to_dict()
         plain["schemes"] = {pattern: scheme and scheme.to_dict() for pattern, scheme in self.schemes.items()}
         plain["ignore"], plain["algorithms"] = list(self.ignore), list(self.algorithms)
+        plain["fold"] = None if self.fold is None else [list(pair) for pair in self.fold]
         plain["observer_options"] = dict(self.observer_options)
         plain["weight_observer_options"] = dict(self.weight_observer_options)
         return plain

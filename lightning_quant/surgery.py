@@ -6,7 +6,7 @@ import contextlib
 import copy
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,13 +180,11 @@ def plan_model(
     model: nn.Module,
     recipe: Recipe | str | dict[str, Any],
     call: Callable[[], Any] | None = None,
-    fold: Iterable[Sequence[str]] | None = None,
 ) -> Plan:
     """Match a recipe against a float model; nothing is changed.
 
     Args:
         call: runs `model` on an example, where tracing does not get through (see `find_flow`).
-        fold: (module, BatchNorm) names to fold, instead of those found.
 
     Raises:
         ValueError: the recipe quantizes nothing, or gives one shared weight two schemes, or the model is quantized already.
@@ -221,8 +219,8 @@ def plan_model(
             if isinstance(module, nn.MultiheadAttention):
                 opaque.add(id(module.out_proj))
     flow = Flow()
-    if recipe.edges is not None or fold is not None or any(_is_norm(module) for module in model.modules()):
-        flow = find_flow(model, call, fold)
+    if recipe.edges is not None or recipe.fold is not None or any(_is_norm(module) for module in model.modules()):
+        flow = find_flow(model, call, recipe.fold)
     if recipe.edges is not None and len(found) > 2:  # else nothing would be left in between
         _apply_edges(found, recipe.edges, flow.order)
         for match, _ in found:
@@ -320,7 +318,6 @@ def prepare(
     method: str = "ste",
     training: bool = True,
     call: Callable[[], Any] | None = None,
-    fold: Iterable[Sequence[str]] | None = None,
 ) -> nn.Module:
     """Give a float model's modules their quantizers, in place; all flags are off, so it still computes in float.
 
@@ -332,7 +329,6 @@ def prepare(
         method: `"ste"`, or `"lsq"` for learned scales.
         training: for QAT: BatchNorms stay and learn, folded into the quantized weights; else (PTQ) they are folded for good.
         call: runs `model` on an example, to find BatchNorms and the order of layers where tracing does not get through.
-        fold: (module, BatchNorm) names to fold, instead of those found.
 
     Returns:
         `model`.
@@ -345,7 +341,7 @@ def prepare(
         >>> type(net[0]).__name__, isinstance(net[0], nn.Linear)
         ('FakeLinear', True)
     """
-    return apply_plan(model, plan_model(model, recipe, call, fold), method=method, training=training)
+    return apply_plan(model, plan_model(model, recipe, call), method=method, training=training)
 
 
 # --- convert --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quant.recipe import Recipe
 from lightning_quant.fold import find_flow, fold_norm
 from lightning_quant.surgery import convert, get_info, prepare
 from tests.helpers import assert_close, assert_same, assert_same_state, calibrate, quantizers
@@ -186,7 +187,7 @@ def test_a_list_of_pairs_overrides():
     assert set(flow.reasons) == {norm for _, norm in RESNET_PAIRS} - {"norm"}
     assert all("list of pairs" in reason for reason in flow.reasons.values())
     assert find_flow(model, pairs=[]).pairs == []
-    with_list = prepare(copy.deepcopy(model), "w8a16", fold=[("stem", "norm")])
+    with_list = prepare(copy.deepcopy(model), Recipe("w8a16", fold=[("stem", "norm")]))
     assert get_info(with_list).folded == {"norm": "stem"}
 
 
@@ -207,7 +208,7 @@ def test_wrong_lists_raise(pairs, told):
     assert told in str(error.value)
     before = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="fold pair"):
-        prepare(model, "w8a16", fold=pairs)
+        prepare(model, Recipe("w8a16", fold=pairs))
     assert [type(module) for module in model.modules()] == before
 
 
@@ -229,19 +230,18 @@ def test_searching_leaves_no_trace(kind):
     state = copy.deepcopy(model.state_dict())
 
     def attributes() -> list[dict[str, Any]]:
-        return [{key: value for key, value in module.__dict__.items() if key != "_modules"} for module in model.modules()]
+        return [
+            {key: (value, len(value) if isinstance(value, dict) else 0) for key, value in m.__dict__.items()}
+            for m in model.modules()
+        ]
 
-    before = [
-        {key: (id(value), len(value) if isinstance(value, dict) else value) for key, value in one.items()} for one in attributes()
-    ]
+    before = attributes()
     find_flow(model, lambda: model(x))
-    after = [
-        {key: (id(value), len(value) if isinstance(value, dict) else value) for key, value in one.items()} for one in attributes()
-    ]
-    assert [set(one) for one in after] == [set(one) for one in before]
-    for one, two in zip(before, after):
+    for one, two in zip(before, attributes(), strict=True):
+        assert set(one) == set(two)
         for key in one:
-            assert one[key][0] == two[key][0] or one[key][1] is two[key][1] or one[key][1] == two[key][1], key
+            assert one[key][0] is two[key][0], key
+            assert one[key][1] == two[key][1], key
     assert_same_state(model.state_dict(), state)
     assert not model.blocks[0].norm_a.training
     assert model.stem.training
@@ -316,8 +316,7 @@ def test_a_trained_pair_is_what_runs(name, recipe):
     for quantizer in quantizers(model):
         quantizer.observing = False
     model.eval()
-    for fake in (model[0],):
-        fake.observe_weights()
+    model[0].observe_weights()
     packed = convert(model)
     assert_close(packed(x), model(x))
     assert not [module for module in packed.modules() if isinstance(module, NORMS)]
@@ -394,6 +393,6 @@ def test_a_float_convolution_keeps_its_norm():
 
 
 def test_three_dimensional_inputs_of_a_folded_linear_layer_raise():
-    model = prepare(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), "w8a16", fold=[("0", "1")])
+    model = prepare(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), Recipe("w8a16", fold=[("0", "1")]))
     with pytest.raises(ValueError, match=r"0\.weight.*3 dimensions.*fold="):
         model(torch.randn(5, 6, 4))

@@ -45,6 +45,14 @@ def test_presets_survive_dict_yaml_and_weights_only(name, tmp_path):
     assert [path.name for path in tmp_path.glob("*.yaml*")] == ["recipe.yaml"]
 
 
+@pytest.mark.parametrize("fold", [None, [], [("conv", "norm"), ["a.0", "a.1"]]])
+def test_pairs_to_fold_survive_a_dict(fold):
+    recipe = Recipe("w8a8", fold=fold)
+    assert recipe.fold == (None if fold is None else tuple(tuple(pair) for pair in fold))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert (recipe == Recipe("w8a8")) == (fold is None)
+
+
 def test_the_order_of_patterns_survives_yaml(tmp_path):
     recipe = Recipe(schemes={"z": "w8a16", "a*": None, "*": "w4a16"})
     recipe.to_yaml(tmp_path / "r.yml")

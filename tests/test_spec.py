@@ -67,9 +67,9 @@ def test_a_scheme_that_does_not_exist_raises(fields, told):
 
 
 def test_unknown_fields_are_named_with_the_valid_ones():
-    with pytest.raises(ValueError, match="'bit'.*bits, dtype, signed, symmetric, granularity, group_size, dynamic"):
+    with pytest.raises(ValueError, match=r"'bit'.*bits, dtype, signed, symmetric, granularity, group_size, dynamic"):
         QuantSpec.from_dict({"bit": 4})
-    with pytest.raises(ValueError, match="'weights'.*weight, input, output"):
+    with pytest.raises(ValueError, match=r"'weights'.*weight, input, output"):
         QuantScheme.from_dict({"weights": {}})
 
 

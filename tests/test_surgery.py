@@ -31,6 +31,10 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def conv_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
 def quantized(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
 
@@ -183,7 +187,7 @@ def test_a_recipe_that_quantizes_nothing_raises(build, recipe, told):
 
 def test_an_unknown_method_lists_the_valid_ones():
     model = mlp()
-    with pytest.raises(ValueError, match="'dorefa'.*ste, lsq"):
+    with pytest.raises(ValueError, match=r"'dorefa'.*ste, lsq"):
         prepare(model, "w8a16", method="dorefa")
     assert not is_prepared(model)
 

@@ -311,10 +311,7 @@ class PackedModule(QuantizedModule):
         spec = self.scheme.weight
         assert spec is not None
         codes = quantize(weight, scale, zero_point, spec, axis)
-        if codes.is_floating_point():  # float8 has no movedim+reshape copy on every device: move its bytes
-            codes = codes.view(torch.uint8).movedim(axis, 0).flatten(1).contiguous().view(codes.dtype)
-        else:
-            codes = codes.movedim(axis, 0).flatten(1)
+        codes = codes.movedim(axis, 0).flatten(1).contiguous()
         getattr(self, f"{name}_packed").copy_(pack(codes, spec))
         getattr(self, f"{name}_scale").copy_(scale)
         if not spec.symmetric:

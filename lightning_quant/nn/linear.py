@@ -36,8 +36,8 @@ class FakeLinear(FoldableModule, nn.Linear):
         if self.norm is not None and input.dim() != 2:
             # BatchNorm1d normalises dim 1, which are the features only of a 2-D input
             raise ValueError(
-                f"{self.weight_fake_quant.name}: its BatchNorm was folded in, but the input has {input.dim()} dimensions, where the "
-                f"BatchNorm normalises dimension 1 and not the features. Leave the pair out: pass fold=[] or a list without it"
+                f"{self.weight_fake_quant.name}: its BatchNorm was folded in, but the input has {input.dim()} dimensions, where "
+                f"a BatchNorm normalises dimension 1 and not the features. Leave the pair out: Recipe(fold=[...]) without it"
             )
         x = self.fake_input(input)
         weight = self.fake_weight()

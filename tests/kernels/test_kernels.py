@@ -68,7 +68,7 @@ def linear_call(scheme: QuantScheme, dtype: torch.dtype, shape: tuple[int, ...] 
 
 def conv_call(scheme: QuantScheme, dtype: torch.dtype, dims: int = 2, transposed: bool = False) -> Call:
     kind = getattr(nn, f"Conv{'Transpose' * transposed}{dims}d")
-    x = torch.randn(2, 6, 5, 4, 3)[..., *[0] * (3 - dims)]
+    x = torch.randn(2, 6, *(5, 4, 3)[:dims])
     module = packed_module(kind(6, 8, 3, stride=2, padding=1, groups=2), scheme, x)
     x, shape = x.to(dtype), module.packed_shape("weight")
     geometry = (module.stride, module.padding, module.dilation, module.groups, transposed, module.output_padding)

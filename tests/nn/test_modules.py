@@ -21,7 +21,9 @@ from tests.helpers import assert_close, assert_same, assert_same_state, calibrat
 from tests.nn.cases import BY_ID, CASES, CONV1D, FIRST
 from tests.nn.reference import REFERENCES, double
 
-WITH_GRADIENT = [case.id for case in CASES if case.kind not in (nn.Embedding, nn.EmbeddingBag)]
+LARGE = (nn.LSTM, nn.GRU, nn.MultiheadAttention)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+WITH_GRADIENT = [case.id for case in CASES if case.kind not in (*LARGE, *TABLES)] + [c.id for c in FIRST if c.kind in LARGE]
 BUILT_IN = [kind for kind in QMODULES if kind.__module__.startswith("torch.")]
 
 
@@ -108,13 +110,13 @@ def assert_is_the_reference(it: Made, case_id: str, tol: float) -> None:
 @every_case
 def test_output_is_that_of_an_independent_computation(case_id, preset):
     spec = PRESETS[preset].scheme.input
-    inner = BY_ID[case_id].kind in (nn.LSTM, nn.GRU, nn.MultiheadAttention) and spec is not None
+    inner = BY_ID[case_id].kind in LARGE and spec is not None
     # a token's largest magnitude lies on the tie of 127.5 steps: rounding noise in front of it may move it by one step
     tie = inner and spec.dynamic and spec.is_int and spec.symmetric
     assert_is_the_reference(made(case_id, preset), case_id, 0.02 if tie else 2e-5)
 
 
-@pytest.mark.parametrize("case_id", [case.id for case in CASES if case.kind not in (nn.Embedding, nn.EmbeddingBag)])
+@pytest.mark.parametrize("case_id", [case.id for case in CASES if case.kind not in TABLES])
 def test_coarse_dynamic_activations(case_id):
     coarse = QuantSpec(3, symmetric=False, granularity="token", dynamic=True)
     assert_is_the_reference(make(case_id, QuantScheme(QuantSpec(8), coarse)), case_id, 2e-5)
@@ -153,7 +155,7 @@ def test_outputs_can_be_quantized(case_id, output):
     plain = made(case_id, "w8a16")
     note = get_info(it.prepared).notes.get("0", "")
     if "output" in note:
-        assert BY_ID[case_id].kind in (nn.LSTM, nn.GRU, nn.MultiheadAttention)
+        assert BY_ID[case_id].kind in LARGE
     else:
         assert not torch.equal(leaves(want)[0], leaves(plain.run(plain.packed))[0])
 
@@ -164,7 +166,7 @@ def test_static_ranges_of_recurrent_layers_are_noted(case_id):
     note = get_info(it.prepared).notes.get("0", "")
     if BY_ID[case_id].kind in (nn.LSTM, nn.GRU):
         assert "dynamic activations only" in note
-    elif BY_ID[case_id].kind in (nn.Embedding, nn.EmbeddingBag):
+    elif BY_ID[case_id].kind in TABLES:
         assert "indices" in note
     else:
         assert not note
@@ -255,11 +257,9 @@ def test_packed_modules_are_of_the_float_type_and_smaller(case_id, preset):
 
 
 @every_preset
-@pytest.mark.parametrize("case_id", [case_id for case_id in WITH_GRADIENT if "causal" not in case_id])
+@pytest.mark.parametrize("case_id", WITH_GRADIENT)
 def test_gradients_pass_through_packed_modules(case_id, preset):
     it = made(case_id, preset)
-    if BY_ID[case_id].kind in (nn.LSTM, nn.GRU, nn.MultiheadAttention) and case_id not in [case.id for case in FIRST]:
-        pytest.skip("one of each of the large modules")
     grads = []
     for model in (it.prepared, it.packed):
         x = it.args[0].detach().clone().requires_grad_()

@@ -1,0 +1,42 @@
+"""The two invariants, over every scheme, module and backend: packing loses nothing, and what was calibrated is what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_quant.kernels import KERNELS
+from lightning_quant.nn.base import FakeModule
+from lightning_quant.numerics import quantize
+from lightning_quant.packing import pack, unpack
+from lightning_quant.spec import PRESETS
+from tests.helpers import assert_close
+from tests.nn.cases import FIRST
+from tests.nn.test_modules import made
+
+every_case = pytest.mark.parametrize("case_id", [case.id for case in FIRST])
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+
+
+@every_case
+@every_preset
+def test_unpack_of_pack_is_the_codes(case_id: str, preset: str) -> None:
+    found = made(case_id, preset)
+    fake = found.prepared.get_submodule("0")
+    assert isinstance(fake, FakeModule)
+    spec = fake.scheme.weight
+    for name, axis in fake.weight_axes(fake).items():
+        scale, zero_point = getattr(fake, f"{name}_fake_quant").qparams()
+        codes = quantize(fake.get_weight(name), scale, zero_point, spec, axis).movedim(axis, 0).contiguous().flatten(1)
+        again = unpack(pack(codes, spec), spec, codes.shape[1])
+        assert again.dtype == codes.dtype
+        assert torch.equal(again.float(), codes.float())
+
+
+@every_case
+@every_preset
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_was_calibrated_is_what_runs(case_id: str, preset: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = made(case_id, preset)
+    monkeypatch.setenv("LQ_BACKEND", backend)
+    assert_close(found.run(found.packed), found.run(found.prepared))
