@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.recipe import Recipe
 from lightning_quant.fold import find_flow, fold_norm
+from lightning_quant.recipe import Recipe
 from lightning_quant.surgery import convert, get_info, prepare
 from tests.helpers import assert_close, assert_same, assert_same_state, calibrate, quantizers
 
