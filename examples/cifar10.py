@@ -48,14 +48,16 @@ QAT = ("w4a4", "w2a2")
 
 
 def read_images(path: Path, limit: int | None) -> tuple[Tensor, Tensor]:
-    """The first `limit` images, uint8 `[n, 3, 32, 32]`, and their labels, int64 `[n]`."""
+    """Up to `limit` images, uint8 `[n, 3, 32, 32]`, and their labels, int64 `[n]`, in a fixed random order."""
     from PIL import Image
 
     with np.load(path) as file:
-        data, offset, label = file["jpeg"], file["offset"], file["label"][:limit]
-    files = [data[offset[i] : offset[i + 1]].tobytes() for i in range(len(label))]
+        data, offset, label = file["jpeg"], file["offset"], file["label"]
+    # the files are sorted by class: the first images of one are no sample of it
+    order = np.random.default_rng(0).permutation(len(label))[:limit]
+    files = [data[offset[i] : offset[i + 1]].tobytes() for i in order]
     images = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(label).long()
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(label[order]).long()
 
 
 def crop_and_flip(images: Tensor) -> Tensor:

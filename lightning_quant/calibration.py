@@ -45,12 +45,10 @@ def all_reduce_observers(model: nn.Module) -> None:
     """Give every rank the statistics of all ranks, as each observer's `reductions` say. Without a process group: nothing."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM}
+    operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
 
     def reduce(tensor: Tensor, op: str) -> None:
         dist.all_reduce(tensor, operations[op])
-        if op == "mean":
-            tensor.div_(dist.get_world_size())
 
     for quantizer in quantizers(model):
         if not quantizer.is_weight and not quantizer.spec.dynamic:

@@ -91,6 +91,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec,
         out = _RoundTrip.apply(rows, scale, zero_point, spec, scale.reshape(-1, 1) * max_value(spec))
         return from_groups(out, x.shape, spec, axis).to(x.dtype)
     qmin, qmax = qrange(spec)
+    if torch.compiler.is_compiling() or type(values) not in (Tensor, nn.Parameter):
+        # torch's fused operators have no fake kernel for their backward; the same values and gradients in plain ones
+        return lsq_fake_quantize(x, scale, zero_point, spec, axis)
     if spec.granularity == "tensor":
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, qmin, qmax).to(x.dtype)
     rows = to_groups(values, spec, axis)

@@ -173,7 +173,7 @@ def find_flow(model: nn.Module, call: Callable[[], Any] | None = None, pairs: It
     """Find the BatchNorms that can be folded, and the order of execution.
 
     The module is traced symbolically (its largest submodules that trace, if it does not as a whole); where BatchNorms are
-    left over, `call` runs it for real and outputs are matched to inputs.
+    left over, or follow a linear layer, `call` runs it for real and outputs are matched to inputs.
 
     Args:
         model: a float model; it is left as it was.
@@ -190,20 +190,31 @@ def find_flow(model: nn.Module, call: Callable[[], Any] | None = None, pairs: It
     norms = _norms(model)
     flow = Flow()
     traced = _trace(model, "", flow) if norms or call is None else False
+    modules = dict(model.named_modules())
     left = [name for name in norms if name not in {norm for _, norm in flow.pairs}]
-    if (left or not traced) and call is not None:
+    # a graph does not tell whether a linear layer's features are the dimension that BatchNorm1d normalises
+    flat = {norm for producer, norm in flow.pairs if isinstance(modules[producer], nn.Linear)}
+    if (left or flat or not traced) and call is not None:
         with _restored(model):
             ran = _run(model, call)
         # a real run sees every use of a tensor; where it saw the module it has the last word
         flow.pairs = ran.pairs + [pair for pair in flow.pairs if not set(pair) & set(ran.order)]
         flow.order = ran.order or flow.order
+    elif flat:
+        flow.pairs = [pair for pair in flow.pairs if pair[1] not in flat]
     if pairs is not None:
         flow.pairs = _check_pairs(model, pairs)
     paired = {norm for _, norm in flow.pairs}
     for name, norm in norms.items():
         if name not in paired:
-            flow.reasons[name] = _why_not(name, norm, flow, listed=pairs is not None)
+            flow.reasons[name] = _NEEDS_EXAMPLE if name in flat and call is None else _why_not(name, norm, flow, pairs is not None)
     return flow
+
+
+_NEEDS_EXAMPLE = (
+    "follows a linear layer, and only an example shows whether it normalises that layer's features; give data, set "
+    "example_input_array, or pass the pair"
+)
 
 
 def _why_not(name: str, norm: nn.Module, flow: Flow, listed: bool) -> str:

@@ -55,13 +55,16 @@ def qrange(spec: QuantSpec) -> tuple[int, int]:
 
 
 def max_value(spec: QuantSpec) -> float:
-    """The magnitude that a scale of 1 maps an absolute maximum to: half the code range, the float8 maximum, or 1."""
+    """The magnitude that a scale of 1 maps an absolute maximum to: half the code range (the largest code if
+    dynamic), the float8 maximum, or 1.
+    """
     if spec.dtype in FLOAT8:
         return torch.finfo(FLOAT8[spec.dtype]).max
     if spec.dtype in CODEBOOKS:
         return 1.0
     low, high = qrange(spec)
-    return (high - low) / 2 if spec.signed else float(high)
+    # half the range puts the largest value on a tie (127.5); measured anew on every call, rounding noise would decide it
+    return (high - low) / 2 if spec.signed and not spec.dynamic else float(high)
 
 
 @lru_cache(maxsize=32)

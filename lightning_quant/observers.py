@@ -106,7 +106,7 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
-        """Merge the state of all ranks; `reduce(tensor, op)` works in place, op is one of min, max, sum, mean."""
+        """Merge the state of all ranks; `reduce(tensor, op)` works in place, op is one of min, max, sum."""
         for name, op in self.reductions.items():
             reduce(getattr(self, name), op)
 
@@ -124,7 +124,7 @@ class MovingAverageObserver(Observer):
         momentum: the weight of the newest batch. The result depends on the batches' order and size by definition.
     """
 
-    reductions: ClassVar[dict[str, str]] = {"min_val": "mean", "max_val": "mean"}
+    reductions: ClassVar[dict[str, str]] = {"min_val": "sum", "max_val": "sum"}
 
     def __init__(self, spec: QuantSpec, groups: int, momentum: float = 0.01) -> None:
         super().__init__(spec, groups)
@@ -136,6 +136,16 @@ class MovingAverageObserver(Observer):
     def update(self, rows: Tensor) -> None:
         for average, value in zip((self.min_val, self.max_val), _finite_range(rows), strict=True):
             average.copy_(torch.where(average.isinf(), value, average + self.momentum * (value - average)))
+
+    @torch.no_grad()
+    def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+        seen = (self.min_val <= self.max_val).to(self.min_val.dtype)  # a rank without data has no say
+        ranks = seen.clone()
+        reduce(ranks, "sum")
+        for average, empty in ((self.min_val, torch.inf), (self.max_val, -torch.inf)):
+            total = torch.where(seen > 0, average, 0.0)
+            reduce(total, self.reductions["min_val"])
+            average.copy_(torch.where(ranks > 0, total / ranks, empty))
 
 
 class HistogramObserver(Observer):
@@ -175,7 +185,8 @@ class HistogramObserver(Observer):
         self.exponent.add_(shift)
 
     def _width(self) -> Tensor:
-        return torch.ldexp(torch.ones_like(self.min_val), self.exponent)[:, None] / (self.BINS // 2)
+        # the exponent of the whole span may be that of inf
+        return torch.ldexp(torch.ones_like(self.min_val), self.exponent - (self.BINS // 2).bit_length() + 1)[:, None]
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:

@@ -240,6 +240,7 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
         prefix = f"{name}." if name else ""
         if f"{prefix}bias" in state and getattr(packed, "bias", 0) is None:  # came from a folded BatchNorm
             packed.register_parameter("bias", nn.Parameter(torch.empty_like(state[f"{prefix}bias"], device="meta")))
+        packed._float_dtype = getattr(torch, told["dtype"])
         built[name] = packed
     if problems:
         raise _not_the_model(source, module, problems)

@@ -14,6 +14,8 @@ _FLOAT_BITS: dict[str, int] = {"float8_e4m3fn": 8, "float8_e5m2": 8, "fp4": 4, "
 
 
 def _check_fields(cls: type, data: Mapping[str, Any]) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__} is made from a mapping of its fields, not from {data!r}")
     valid = [f.name for f in fields(cls)]
     unknown = [key for key in data if key not in valid]
     if unknown:

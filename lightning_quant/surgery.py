@@ -113,8 +113,8 @@ def _check_weights(name: str, module: nn.Module, entry: Entry) -> None:
         raise Unsupported("parametrized weight; call torch.nn.utils.parametrize.remove_parametrizations first")
     for weight in entry.fake.weight_axes(module):
         stored = module._parameters.get(weight)
-        if weight in ("weight",) and stored is None and not hasattr(module, "weight_mask"):
-            raise Unsupported("its weight is computed by a hook (weight_norm?); remove it first")
+        if f"{weight}_g" in module._parameters:
+            raise Unsupported(f"weight_norm computes its {weight}; call torch.nn.utils.remove_weight_norm first")
         if stored is not None and not stored.is_floating_point():
             raise Unsupported(f"its {weight} is {stored.dtype}: quantized already")
 
@@ -206,7 +206,8 @@ def plan_model(
             for key, value in module._parameters.items()
             if value is not None and (isinstance(value, UninitializedParameter) or value.dim() > 1)
         ]
-        if not weights:
+        parametrized = parametrize.is_parametrized(module)
+        if isinstance(module, parametrize.ParametrizationList) or not (weights or parametrized):
             continue
         try:
             if id(module) in opaque:
@@ -215,7 +216,8 @@ def plan_model(
             match.scheme, match.note = match.entry.fake.adapt(module, match.scheme)
             found.append((match, named))
         except Unsupported as reason:
-            plan.skipped[name] = f"{reason}" + (f" ({', '.join(weights)})" if str(reason).startswith("no quantized") else "")
+            told = f" ({', '.join(weights)})" if weights and str(reason).startswith("no quantized") else ""
+            plan.skipped[name] = f"{reason}{told}"
             if isinstance(module, nn.MultiheadAttention):
                 opaque.add(id(module.out_proj))
     flow = Flow()

@@ -102,6 +102,8 @@ def own_qparams(values: np.ndarray, spec: QuantSpec) -> tuple[float, int]:
     if spec.symmetric:
         if not spec.signed and low < high == 0:
             return float(np.finfo(np.float32).tiny), 0
+        if spec.signed and spec.dynamic:
+            return largest / qmax or 1.0, 0
         return (largest / ((qmax - qmin) / 2) if spec.signed else high / qmax) or 1.0, 0
     scale = (high - low) / (qmax - qmin)
     return (scale, int(np.clip(qmin - np.rint(low / scale), qmin, qmax))) if scale else (1.0, qmin)

@@ -90,7 +90,7 @@ def test_saving_again_replaces_and_keeps_other_files(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    qmodel, folder = save(tmp_path)
+    _, folder = save(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(source: object, target: object) -> None:

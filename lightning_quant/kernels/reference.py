@@ -115,4 +115,4 @@ def embedding(
     if weight_zero_point is not None:
         zero_point = unpack_zero_point(weight_zero_point, weight_spec, weight_packed.shape[0])[flat]
     codes = unpack(weight_packed[flat], weight_spec, embedding_dim)
-    return dequantize(codes, weight_scale[flat], zero_point, weight_spec).reshape(*indices.shape, embedding_dim)
+    return dequantize(codes, weight_scale[flat], zero_point, weight_spec).reshape(*indices.shape, embedding_dim).contiguous()

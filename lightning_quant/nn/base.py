@@ -6,6 +6,7 @@ describe themselves in their state_dict (`_extra_state`: JSON as bytes, which ev
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -236,6 +237,14 @@ def _new_subclass(fake: type, user: type) -> Any:
     return cls.__new__(cls)
 
 
+def _own_copy(key: str, value: Any) -> Any:
+    """An attribute for a packed module: containers are copied, hooks and modules in them are the same objects."""
+    if not isinstance(value, (dict, list, set)):
+        return value
+    holds_modules = any(isinstance(leaf, nn.Module) for leaf in torch.utils._pytree.tree_leaves(value))
+    return copy.copy(value) if holds_modules or key.endswith("hooks") or "_hooks_" in key else copy.deepcopy(value)
+
+
 class PackedModule(QuantizedModule):
     """A module whose weights are packed integers.
 
@@ -256,7 +265,7 @@ class PackedModule(QuantizedModule):
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
         hidden = (*_STATE, "scheme", "setup", "folded_norm", "folded_name", *cls.weight_axes(module))
-        packed.__dict__.update({key: value for key, value in module.__dict__.items() if key not in hidden})
+        packed.__dict__.update({key: _own_copy(key, value) for key, value in module.__dict__.items() if key not in hidden})
         packed._forward_pre_hooks = OrderedDict(
             (key, hook) for key, hook in module._forward_pre_hooks.items() if not isinstance(hook, BasePruningMethod)
         )
@@ -357,9 +366,6 @@ class PackedModule(QuantizedModule):
 
     def _describe(self) -> dict[str, Any]:
         return {**super()._describe(), "dtype": str(self._float_dtype).removeprefix("torch.")}
-
-    def _restore(self, found: dict[str, Any]) -> None:
-        self._float_dtype = getattr(torch, found["dtype"])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme.label}"
