@@ -166,7 +166,9 @@ class ResNet20(L.LightningModule):
         self.log("accuracy", 100 * correct.float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        # learned scales and zero points are kept out of the weight decay; a float model has none
+        groups = lq.param_groups(self, lr=self.lr, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(groups, self.lr, momentum=0.9, nesterov=True)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -200,7 +202,8 @@ class Experiment:
     def qat(self, state: dict[str, Tensor], recipe: str | lq.Recipe) -> nn.Module:
         model = ResNet20(lr=self.args.qat_lr)
         model.load_state_dict(state)
-        trainer = self.trainer(self.args.qat_epochs, [lq.QATCallback(recipe, method="lsq", freeze_bn_at=0.5)])
+        # statistics may stop only once the learning rate is low: without normalisation, SGD at its highest rate diverges
+        trainer = self.trainer(self.args.qat_epochs, [lq.QATCallback(recipe, method="lsq", freeze_bn_at=0.8)])
         trainer.fit(model, datamodule=self.data)
         return trainer.quantize()
 
@@ -239,7 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrained", type=Path, help="float weights; default: DATA/cifar10/resnet20-float.safetensors")
     parser.add_argument("--epochs", type=int, default=0, help="train the float model for so long instead of loading it")
     parser.add_argument("--qat-epochs", type=int, default=2, help="length of the QAT fine-tune; 0: none")
-    parser.add_argument("--qat-lr", type=float, default=0.02, help="highest learning rate of the QAT fine-tune")
+    parser.add_argument("--qat-lr", type=float, default=0.01, help="highest learning rate of the QAT fine-tune")
     parser.add_argument("--limit-train", type=int, help="use only so many training images")
     parser.add_argument("--limit-test", type=int, help="use only so many test images")
     parser.add_argument("--progress", action="store_true", help="show progress bars")

@@ -11,8 +11,9 @@ from lightning_quant.algorithms import get_algorithms
 from lightning_quant.calibration import evaluating, observing
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.observers import make_observer
+from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe
-from lightning_quant.surgery import Plan, convert, fake_modules, plan_model, prepare
+from lightning_quant.surgery import convert, fake_modules, prepare
 
 
 def check(model: nn.Module, recipe: Recipe, has_data: bool) -> Plan:

@@ -9,8 +9,9 @@ from math import prod
 from torch import Tensor, nn
 
 from lightning_quant.nn import FakeModule, PackedModule, lookup
+from lightning_quant.plan import Plan
 from lightning_quant.spec import QuantScheme
-from lightning_quant.surgery import Plan, fake_modules, get_info, packed_modules
+from lightning_quant.surgery import fake_modules, get_info, packed_modules
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

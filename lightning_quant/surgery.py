@@ -1,51 +1,26 @@
-"""Which modules a recipe quantizes and which it skips (`plan_model`), `prepare` in place, `convert` to a packed copy."""
+"""`prepare` a model in place, `convert` it to a packed copy, and what both need to know of a model."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import difflib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
 from lightning_quant.fake_quant import METHODS
-from lightning_quant.fold import Flow, find_flow, fold_norm
-from lightning_quant.nn import Entry, FakeModule, PackedModule, Unsupported, find_entry, make_fake
+from lightning_quant.fold import fold_norm
+from lightning_quant.nn import FakeModule, PackedModule, make_fake
 from lightning_quant.nn.attention import FakeMultiheadAttention, disable_fast_path
-from lightning_quant.nn.base import QuantizedModule, Setup
+from lightning_quant.nn.base import Setup
 from lightning_quant.nn.folding import FoldableModule
-from lightning_quant.recipe import Recipe, as_recipe, matches
-from lightning_quant.spec import QuantScheme, QuantSpec
+from lightning_quant.plan import Match, Plan, plan_model
+from lightning_quant.recipe import Recipe
+from lightning_quant.spec import QuantSpec
 
 INFO = "_quantization"
-
-
-@dataclass
-class Match:
-    """A module that a recipe quantizes."""
-
-    name: str
-    module: nn.Module
-    entry: Entry
-    scheme: QuantScheme
-    note: str = ""
-
-
-@dataclass
-class Plan:
-    """What a recipe means for a model: the modules it quantizes, those it skips and why, the BatchNorms it folds."""
-
-    recipe: Recipe
-    matches: list[Match] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -80,179 +55,6 @@ def is_prepared(model: nn.Module) -> bool:
 def is_packed(model: nn.Module) -> bool:
     """Whether the model holds packed modules."""
     return any(isinstance(module, PackedModule) for module in model.modules())
-
-
-# --- match ----------------------------------------------------------------------------------------------------------
-
-
-def _type_names(module: nn.Module) -> list[str]:
-    return [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
-
-
-def _language_model_heads(model: nn.Module) -> set[int]:
-    """Output heads by id: what `get_output_embeddings` returns, and linear layers that share an embedding's weight."""
-    heads: set[int] = set()
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, module in model.named_modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            with contextlib.suppress(Exception):  # some transformers classes define it and raise
-                heads.add(id(getter()))
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if isinstance(module, nn.Linear) and (
-            name.rpartition(".")[2] == "lm_head" or (weight is not None and id(weight) in tables)
-        ):
-            heads.add(id(module))
-    return heads
-
-
-def _check_weights(name: str, module: nn.Module, entry: Entry) -> None:
-    if any(isinstance(value, UninitializedParameter) for value in module.parameters(recurse=False)):
-        raise ValueError(f"{name}: its weight has no shape yet; run one forward pass before quantizing")
-    if parametrize.is_parametrized(module):
-        raise Unsupported("parametrized weight; call torch.nn.utils.parametrize.remove_parametrizations first")
-    for weight in entry.fake.weight_axes(module):
-        stored = module._parameters.get(weight)
-        if f"{weight}_g" in module._parameters:
-            raise Unsupported(f"weight_norm computes its {weight}; call torch.nn.utils.remove_weight_norm first")
-        if stored is not None and not stored.is_floating_point():
-            raise Unsupported(f"its {weight} is {stored.dtype}: quantized already")
-
-
-def _match_one(name: str, module: nn.Module, recipe: Recipe, heads: set[int]) -> tuple[Match, bool]:
-    """The match and whether a pattern named it; raises `Unsupported` with the reason of a skip."""
-    types = _type_names(module)
-    if pattern := recipe.ignored(name, types):
-        raise Unsupported(f"ignored by {pattern!r}")
-    scheme, pattern = recipe.lookup(name, types)
-    entry = find_entry(module)
-    if scheme is None or scheme.weight is None:
-        raise Unsupported(f"left in float by {pattern!r}" if pattern else "the recipe has no default scheme")
-    if pattern is None and not entry.by_default:
-        raise Unsupported("stays in float unless a pattern of the recipe names it")
-    if pattern is None and id(module) in heads:
-        raise Unsupported("output head of a language model: stays in float unless a pattern of the recipe names it")
-    _check_weights(name, module, entry)
-    return Match(name, module, entry, scheme), pattern is not None
-
-
-def _warn_unmatched(model: nn.Module, recipe: Recipe) -> None:
-    known = [(name, _type_names(module)) for name, module in model.named_modules() if name]
-    for pattern in (*recipe.ignore, *recipe.schemes):
-        if not any(matches(pattern, name, types) for name, types in known):
-            names = [name for name, _ in known]
-            tail = pattern.rpartition(".")[2]
-            close = [name for name in names if name.endswith(tail)] or difflib.get_close_matches(pattern, names, 3)
-            hint = f"; did you mean {', '.join(map(repr, close[:3]))}?" if close else ""
-            warnings.warn(f"the recipe's pattern {pattern!r} matches no module{hint}", stacklevel=4)
-
-
-def _apply_edges(found: list[tuple[Match, bool]], edges: QuantScheme, order: list[str]) -> None:
-    names = [match.name for match, _ in found]
-    # a trace that missed a layer says nothing about the ends; then it is the order of registration
-    ranked = sorted(names, key=order.index) if set(names) <= set(order) else names
-    for match, named in found:
-        if match.name in (ranked[0], ranked[-1]) and not named:
-            match.scheme, match.note = edges, f"{'first' if match.name == ranked[0] else 'last'} layer: {edges.label}"
-
-
-def _check_ties(model: nn.Module, plan: Plan) -> None:
-    schemes = {id(match.module): match for match in plan.matches}
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dim() > 1:
-                owners.setdefault(id(parameter), []).append((name, module))
-    for sharing in owners.values():
-        matched = [(name, schemes[id(module)]) for name, module in sharing if id(module) in schemes]
-        if len({match.scheme.weight for _, match in matched}) > 1:
-            told = ", ".join(f"{name!r}: {match.scheme.label}" for name, match in matched)
-            raise ValueError(
-                f"these modules share one weight but are to be quantized differently ({told}): name them alike, or ignore one"
-            )
-        if matched and len(matched) < len(sharing):
-            floats = ", ".join(repr(name) for name, module in sharing if id(module) not in schemes)
-            for _, match in matched:
-                match.note = "; ".join(filter(None, [match.note, f"its weight is also read by {floats}, which stays in float"]))
-
-
-def plan_model(
-    model: nn.Module,
-    recipe: Recipe | str | dict[str, Any],
-    call: Callable[[], Any] | None = None,
-) -> Plan:
-    """Match a recipe against a float model; nothing is changed.
-
-    Args:
-        call: runs `model` on an example, where tracing does not get through (see `find_flow`).
-
-    Raises:
-        ValueError: the recipe quantizes nothing, or gives one shared weight two schemes, or the model is quantized already.
-
-    Warns:
-        UserWarning: a pattern matches no module.
-    """
-    recipe = as_recipe(recipe)
-    if any(isinstance(module, QuantizedModule) for module in model.modules()):
-        state = "packed" if is_packed(model) else "prepared for quantization"
-        raise ValueError(f"the model is {state} already: give the float model")
-    _warn_unmatched(model, recipe)
-    plan, heads = Plan(recipe), _language_model_heads(model)
-    found: list[tuple[Match, bool]] = []
-    opaque: set[int] = set()  # out_proj of attention that stays in float: read by it, never called
-    for name, module in model.named_modules():
-        weights = [
-            key
-            for key, value in module._parameters.items()
-            if value is not None and (isinstance(value, UninitializedParameter) or value.dim() > 1)
-        ]
-        parametrized = parametrize.is_parametrized(module)
-        if isinstance(module, parametrize.ParametrizationList) or not (weights or parametrized):
-            continue
-        try:
-            if id(module) in opaque:
-                raise Unsupported("the attention around it stays in float and reads its weight without calling it")
-            match, named = _match_one(name, module, recipe, heads)
-            match.scheme, match.note = match.entry.fake.adapt(module, match.scheme)
-            found.append((match, named))
-        except Unsupported as reason:
-            told = f" ({', '.join(weights)})" if weights and str(reason).startswith("no quantized") else ""
-            plan.skipped[name] = f"{reason}{told}"
-            if isinstance(module, nn.MultiheadAttention):
-                opaque.add(id(module.out_proj))
-    flow = Flow()
-    if recipe.edges is not None or recipe.fold is not None or any(_is_norm(module) for module in model.modules()):
-        flow = find_flow(model, call, recipe.fold)
-    if recipe.edges is not None and len(found) > 2:  # else nothing would be left in between
-        _apply_edges(found, recipe.edges, flow.order)
-        for match, _ in found:
-            match.scheme, note = match.entry.fake.adapt(match.module, match.scheme)
-            match.note = "; ".join(filter(None, dict.fromkeys([match.note, note])))
-    plan.matches = [match for match, _ in found]
-    if not plan.matches:
-        told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(plan.skipped.items())[:8])
-        raise ValueError(f"the recipe quantizes nothing in this model. Skipped: {told or 'no module has a weight matrix'}")
-    _check_ties(model, plan)
-    _plan_folds(plan, flow)
-    return plan
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _plan_folds(plan: Plan, flow: Flow) -> None:
-    by_name = {match.name: match for match in plan.matches}
-    for producer, norm in flow.pairs:
-        match = by_name.get(producer)
-        if match is None:
-            plan.skipped[norm] = f"not folded: {producer} stays in float"
-        elif match.scheme.output is not None:
-            plan.skipped[norm] = f"not folded: the output of {producer} is quantized in front of it"
-        else:
-            plan.pairs.append((producer, norm))
-    for norm, reason in flow.reasons.items():
-        plan.skipped[norm] = f"not folded: {reason}"
 
 
 # --- prepare --------------------------------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ ORDER = [
     *("kernels.reference", "kernels.*", "kernels"),
     *("nn.base", "nn.folding", "nn.linear", "nn.conv", "nn.embedding", "nn.rnn", "nn.attention", "nn.transformers_conv1d"),
     *("nn.lora", "nn"),
-    *("fold", "surgery", "calibration"),
+    *("fold", "plan", "surgery", "calibration"),
     *("algorithms.*", "algorithms", "sensitivity", "qlora", "serialization", "export.*", "export", "report", "plots"),
     "pipeline",
-    *("quantize", "compare", "checkpoint", "callbacks.*", "callbacks", "precision", "trainer"),
+    *("loop", "quantize", "compare", "checkpoint", "callbacks.*", "callbacks", "precision", "trainer"),
     *("cli", "__main__", ""),
 ]
-MAY_IMPORT_LIGHTNING = ["quantize", "compare", "checkpoint", "callbacks", "callbacks.*", "precision", "trainer", "cli", ""]
+MAY_IMPORT_LIGHTNING = ["loop", "quantize", "compare", "checkpoint", "callbacks", "callbacks.*", "precision", "trainer", "cli", ""]
 OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors"}
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_quant.nn import QMODULES
 from lightning_quant.nn.base import QuantizedModule
+from lightning_quant.plan import plan_model
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import PRESETS
 from lightning_quant.surgery import (
@@ -21,7 +22,6 @@ from lightning_quant.surgery import (
     is_packed,
     is_prepared,
     packed_modules,
-    plan_model,
     prepare,
 )
 from tests.helpers import assert_close, assert_same_state, calibrate

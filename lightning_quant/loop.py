@@ -1,0 +1,209 @@
+"""Calibration in Lightning's evaluation loop: any LightningModule, without a hand-written loop, and nothing trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_quant.calibration import Forward
+from lightning_quant.fake_quant import FakeQuantize
+
+
+def calibration_data(source: Any) -> Any:
+    """A datamodule's, or module's, calibration data: `calibration_dataloader()`, else `train_dataloader()`."""
+    return source.calibration_dataloader() if hasattr(source, "calibration_dataloader") else source.train_dataloader()
+
+
+def find_step(module: L.LightningModule, forward: Forward | None) -> str | Forward:
+    """The name of the module's step that calibration runs, or the user's own function."""
+    if forward is not None:
+        return forward
+    if callable(getattr(module, "calibration_step", None)):
+        return "calibration_step"
+    for name in ("validation_step", "predict_step"):
+        if is_overridden(name, module):
+            return name
+    if is_overridden("training_step", module) and module.automatic_optimization:
+        return "training_step"
+    if type(module).forward is not L.LightningModule.forward:
+        return "predict_step"
+    raise MisconfigurationException(
+        f"{type(module).__name__} has no step that calibration can run: define calibration_step(batch, batch_idx), validation_step "
+        f"or predict_step (training_step only under automatic optimization), or pass forward=lambda model, batch: ..."
+    )
+
+
+def _step_arguments(step: Callable[..., Any], *known: Any) -> tuple[Any, ...]:
+    """As many of (batch, batch_idx, dataloader_idx) as a step has positional parameters, whatever they are called."""
+    kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return known
+    return known[: sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)]
+
+
+def _calibration_class(cls: type, step: str | Forward) -> type:
+    """The module's class with a `validation_step` that runs `step`, and hooks of other steps' loops left out."""
+
+    def validation_step(self: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if callable(step):
+            step(self, batch)
+            return
+        bound = getattr(super(calibration, self) if step == "validation_step" else self, step)
+        bound(*_step_arguments(bound, batch, batch_idx, dataloader_idx))
+
+    members: dict[str, Any] = {
+        "validation_step": validation_step,
+        "configure_callbacks": lambda self: [],
+        "configure_model": lambda self: None,
+        "val_dataloader": lambda self: calibration_data(self),
+    }
+    if step != "validation_step":  # its own epoch-end hooks expect what a validation step collects
+        for hook in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end"):
+            members[f"on_validation_{hook}"] = lambda self, *args, **kwargs: None
+    calibration = type(f"Calibration{cls.__name__}", (cls,), members)
+    return calibration
+
+
+def _calibration_datamodule(datamodule: L.LightningDataModule) -> L.LightningDataModule:
+    """A shallow copy that serves the calibration data to the evaluation loop; the user's own stays as it is."""
+    cls = type(datamodule)
+    members = {
+        "val_dataloader": lambda self: calibration_data(self),
+        "setup": lambda self, stage: cls.setup(self, "fit"),
+        "teardown": lambda self, stage: cls.teardown(self, "fit"),
+    }
+    data = copy.copy(datamodule)
+    data.__class__ = type(f"Calibration{cls.__name__}", (cls,), members)
+    return data
+
+
+@contextlib.contextmanager
+def _borrowed(trainer: L.Trainer, limit: int) -> Iterator[None]:
+    """Swap a trainer's callbacks, loggers, limits and results, and put all of them back."""
+    strategy, connector, loop = trainer.strategy, trainer._logger_connector, trainer.validate_loop
+    fit, fit_val = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+    places: list[tuple[Any, str]] = [
+        (trainer, "callbacks"),
+        (trainer, "loggers"),
+        (trainer, "limit_val_batches"),
+        (trainer, "datamodule"),
+        (trainer.state, "fn"),
+        (trainer.state, "status"),
+        (trainer.state, "stage"),
+        (strategy, "_lightning_module"),
+        (strategy, "model"),
+        (connector, "_callback_metrics"),
+        (connector, "_logged_metrics"),
+        (connector, "_progress_bar_metrics"),
+        (loop, "inference_mode"),
+        (loop, "_results"),  # holds the metrics of the model validated last, and resets them
+        (loop, "verbose"),
+        (trainer._data_connector, "_datahook_selector"),
+        *((each, "_combined_loader") for each in (fit, fit_val, loop, trainer.test_loop, trainer.predict_loop)),
+        *((each._data_source, "instance") for each in (fit, fit_val, loop, trainer.test_loop, trainer.predict_loop)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]
+    kept = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
+    trainer.callbacks = kept  # type: ignore[attr-defined]
+    trainer.loggers = [DummyLogger()] if trainer.loggers else []
+    trainer.limit_val_batches = limit
+    loop.inference_mode = False
+    loop._results = type(loop._results)(training=False)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Undo what steps write: metrics, plain attributes and buffers, but not quantizers."""
+    metrics = [
+        (
+            part,
+            copy.deepcopy(
+                {name: getattr(part, name) for name in (*part._defaults, "_update_count", "_computed", "_forward_cache")}
+            ),
+        )
+        for part in model.modules()
+        if isinstance(part, Metric)
+    ]
+    plain = (bool, int, float, str, list, dict, set, tuple, type(None))
+    attributes = {
+        key: copy.deepcopy(value)
+        for key, value in model.__dict__.items()
+        if isinstance(value, plain) and not key.startswith("_") and not _holds_modules(value)
+    }
+    known = set(model.__dict__)
+    ours = {id(buffer) for part in model.modules() if isinstance(part, FakeQuantize) for buffer in part.buffers()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in ours]
+    try:
+        yield
+    finally:
+        for part, state in metrics:
+            for name, value in state.items():
+                setattr(part, name, value)
+        for name in [key for key in model.__dict__ if key not in known and not key.startswith("_")]:
+            del model.__dict__[name]
+        model.__dict__.update(attributes)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _holds_modules(value: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return any(isinstance(leaf, nn.Module) for leaf in leaves)
+
+
+def _quiet_trainer() -> L.Trainer:
+    return L.Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def run_lightning(
+    model: L.LightningModule,
+    step: str | Forward,
+    datamodule: L.LightningDataModule | None,
+    dataloaders: Any,
+    trainer: L.Trainer | None,
+    limit: int,
+) -> None:
+    trainer = trainer or _quiet_trainer()
+    cls = type(model)
+    data = None if datamodule is None else _calibration_datamodule(datamodule)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    model.__class__ = _calibration_class(cls, step)
+    with _borrowed(trainer, limit), _undone(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
+        try:
+            if data is not None:
+                trainer.validate(model, datamodule=data, verbose=False)
+            else:
+                trainer.validate(model, dataloaders=dataloaders, verbose=False)
+            seen = trainer.validate_loop.batch_progress.current.ready
+        finally:
+            model.__class__ = cls
+            model.to(device)
+    if not seen:
+        raise ValueError("calibration got no batch: the dataloader is empty")
