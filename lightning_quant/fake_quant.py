@@ -245,8 +245,7 @@ class FakeQuantize(nn.Module):
         rows = to_groups(x.detach(), self.spec, self.axis)
         try:
             if self.is_weight:
-                counts = to_groups(torch.ones_like(x), self.spec, self.axis)
-                self._set_range(*self.observer.measure(rows, counts))
+                self._set_range(*self.observer.measure(rows, lambda: to_groups(torch.ones_like(x), self.spec, self.axis)))
             else:
                 self.observer.update(rows)
                 self._stale = True

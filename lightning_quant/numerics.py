@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +66,9 @@ def max_value(spec: QuantSpec) -> float:
     return (high - low) / 2 if spec.signed and not spec.dynamic else float(high)
 
 
-@lru_cache(maxsize=32)
 def codebook(dtype: str, device: torch.device) -> Tensor:
-    """The ascending values of a codebook dtype, float32."""
-    with torch.inference_mode(False):
-        return torch.tensor(CODEBOOKS[dtype], dtype=torch.float32, device=device)
+    """The ascending values of a codebook dtype, float32. Not cached: under tracing or inference mode it is no ordinary tensor."""
+    return torch.tensor(CODEBOOKS[dtype], dtype=torch.float32, device=device)
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------

@@ -89,12 +89,12 @@ class Observer(nn.Module):
         """The range to quantize, `[groups]` each."""
         return self.min_val, self.max_val
 
-    def measure(self, rows: Tensor, counts: Tensor) -> Range:
+    def measure(self, rows: Tensor, counts: Callable[[], Tensor]) -> Range:
         """The range of values at hand, without touching the state.
 
         Args:
             rows: `[groups, elements]`, finite.
-            counts: the same shape, how often each value occurs (0 for padding).
+            counts: makes a tensor of the same shape, how often each value occurs (0 for padding); called only if it matters.
         """
         return _finite_range(rows)
 
@@ -206,8 +206,8 @@ class HistogramObserver(Observer):
         values = torch.minimum(torch.maximum(centers, self.min_val[:, None]), self.max_val[:, None])
         return self._search(values, self.counts[:, used], self.min_val, self.max_val)
 
-    def measure(self, rows: Tensor, counts: Tensor) -> Range:
-        return self._search(rows.float(), counts, *_finite_range(rows))
+    def measure(self, rows: Tensor, counts: Callable[[], Tensor]) -> Range:
+        return self._search(rows.float(), counts(), *_finite_range(rows))
 
     def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
         """The best range within [low, high] for `values` `[groups, n]` that occur `counts` times each."""

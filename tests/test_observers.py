@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_nan_and_inf_raise_and_leave_the_state(name, bad):
         observer.update(spoilt)
     assert_same(observer.state_dict(), before)
     with pytest.raises(ValueError, match="2 of 600 values are nan or inf"):
-        observer.measure(spoilt, torch.ones_like(spoilt))
+        observer.measure(spoilt, partial(torch.ones_like, spoilt))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
@@ -169,7 +170,7 @@ def test_an_outlier_is_clipped(name, symmetric):
     spec = QuantSpec(4, symmetric=symmetric, granularity="tensor")
     x = rows(spec, 40000)
     x[0, 123] = 40.0
-    for low, high in (fed(name, spec, [x]).range(), make_observer(name, spec, 1).measure(x, torch.ones_like(x))):
+    for low, high in (fed(name, spec, [x]).range(), make_observer(name, spec, 1).measure(x, partial(torch.ones_like, x))):
         largest = torch.maximum(-low, high) if symmetric else high
         assert 2 < largest.item() < 20
 
@@ -178,7 +179,7 @@ def test_an_outlier_is_clipped(name, symmetric):
 def test_mse_is_never_worse_than_minmax(spec):
     x = rows(spec, 2000)
     x[:, 0] *= 20
-    best = error(x, make_observer("mse", spec, x.shape[0]).measure(x, torch.ones_like(x)), spec)
+    best = error(x, make_observer("mse", spec, x.shape[0]).measure(x, partial(torch.ones_like, x)), spec)
     whole = error(x, (x.amin(1), x.amax(1)), spec)
     streamed = error(x, fed("mse", spec, list(x.split(500, 1))).range(), spec)
     assert (best <= whole).all()
@@ -190,16 +191,16 @@ def test_mse_is_never_worse_than_minmax(spec):
 def test_percentile_counts():
     spec = QuantSpec(8, symmetric=False, granularity="tensor")
     x = torch.arange(1, 1001.0)[None]
-    low, high = make_observer("percentile", spec, 1, {"percentile": 99}).measure(x, torch.ones_like(x))
+    low, high = make_observer("percentile", spec, 1, {"percentile": 99}).measure(x, partial(torch.ones_like, x))
     assert (low.item(), high.item()) == (11, 990)
-    low, high = make_observer("percentile", spec, 1, {"percentile": 100}).measure(x, torch.ones_like(x))
+    low, high = make_observer("percentile", spec, 1, {"percentile": 100}).measure(x, partial(torch.ones_like, x))
     assert (low.item(), high.item()) == (1, 1000)
 
 
 def assert_streaming_agrees(name: str, spec: QuantSpec, x: Tensor, tolerance: Tensor) -> None:
     streamed = fed(name, spec, [x]).range()
     observer = make_observer(name, spec, x.shape[0])
-    measured = observer.measure(x, torch.ones_like(x))
+    measured = observer.measure(x, partial(torch.ones_like, x))
     assert not observer.has_data
     if name == "mse":
         tolerance = tolerance + 0.02 * x.abs().amax(1)  # a search may stop at a neighbouring step of its grid
@@ -242,10 +243,10 @@ def test_padding_does_not_count(name):
     x = torch.rand(2, 18) + 3  # a last group of 2 values and 14 paddings
     whole = to_groups(x, spec)
     counts = to_groups(torch.ones_like(x), spec)
-    low, high = make_observer(name, spec, 4).measure(whole, counts)
+    low, high = make_observer(name, spec, 4).measure(whole, lambda: counts)
     alone_spec = QuantSpec(4, symmetric=False)
     alone_x = x[:, 16:].contiguous()
-    alone = make_observer(name, alone_spec, 2).measure(alone_x, torch.ones_like(alone_x))
+    alone = make_observer(name, alone_spec, 2).measure(alone_x, partial(torch.ones_like, alone_x))
     assert torch.equal(low[1::2].clamp(max=0), alone[0].clamp(max=0))
     assert torch.equal(high[1::2], alone[1])
 
@@ -255,7 +256,7 @@ def test_padding_does_not_count(name):
 def test_constants_have_a_range(name, value):
     for spec in (QuantSpec(8, symmetric=False, granularity="tensor"), QuantSpec(4, granularity="tensor")):
         x = torch.full((1, 50), value)
-        for low, high in (fed(name, spec, [x]).range(), make_observer(name, spec, 1).measure(x, torch.ones_like(x))):
+        for low, high in (fed(name, spec, [x]).range(), make_observer(name, spec, 1).measure(x, partial(torch.ones_like, x))):
             scale, _ = calc_qparams(low, high, spec)
             assert scale.isfinite().all()
             assert (scale > 0).all()
