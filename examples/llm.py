@@ -67,14 +67,6 @@ def perplexity(model: nn.Module, ids: Tensor, windows: int, length: int) -> floa
     return math.exp(loss / (windows * (length - 1)))
 
 
-def empty_model(config: Any) -> nn.Module:
-    """The float model for `lq.load_quantized` to fill: on the meta device, so no float weight takes memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
 def check_skipped(summary: lq.Summary, model: Any) -> None:
     """The embedding and the output head stay in float unless a recipe names them, and the summary says so."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -85,12 +77,16 @@ def check_skipped(summary: lq.Summary, model: Any) -> None:
 
 @torch.inference_mode()
 def check_reload(qmodel: Any, window: Tensor) -> str:
-    """Save the model, load it into an empty one, and compare the logits."""
+    """Save the model, load it into a fresh one, and compare the logits."""
+    from transformers import AutoModelForCausalLM
+
+    # not under torch.device("meta"): the rotary frequencies are computed by the constructor and in no file
+    fresh = AutoModelForCausalLM.from_config(qmodel.config, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         lq.save_quantized(qmodel, folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         start = time.perf_counter()
-        again = lq.load_quantized(empty_model(qmodel.config), folder)
+        again = lq.load_quantized(fresh, folder)
         seconds = time.perf_counter() - start
     same = torch.equal(qmodel(input_ids=window).logits, again(input_ids=window).logits)
     if not same:

@@ -327,10 +327,26 @@ def test_the_weight_is_quantized_with_its_norm_folded_in():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
     exact = model[0].weight.detach() * (model[1].weight / (model[1].running_var + model[1].eps).sqrt()).detach().view(-1, 1, 1, 1)
     prepare(model, "w8a16")
-    torch.testing.assert_close(model[0].weight_fake_quant.scale.flatten(), exact.abs().amax((1, 2, 3)) / 127.5)
     packed = convert(calibrate(model, lambda: None))
+    torch.testing.assert_close(packed[0].weight_scale.flatten(), exact.abs().amax((1, 2, 3)) / 127.5)
     step = packed[0].weight_scale.view(-1, 1, 1, 1)
     assert ((packed[0].weight - exact).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("method", ["ste", "lsq"])
+def test_scales_stay_right_while_the_statistics_move(method):
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 8, 8)
+    prepare(model, "w4a16", method=method, call=lambda: model(x))
+    calibrate(model, lambda: model(x))
+    errors = []
+    for factor in (1.0, 1e4):
+        with torch.no_grad():
+            model[1].running_var.mul_(factor)
+        want = model[1](nn.functional.conv2d(x, model[0].weight))
+        errors.append(((model(x) - want).norm() / (want - want.mean((0, 2, 3), keepdim=True)).norm()).item())
+        assert_close(convert(model)(x), model(x))
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])

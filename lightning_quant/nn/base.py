@@ -160,6 +160,10 @@ class FakeModule(QuantizedModule):
         """
         return self.get_weight(name)
 
+    def packed_scale(self, name: str, scale: Tensor) -> Tensor:
+        """The scale that the packed module keeps, from the one that made the codes."""
+        return scale
+
     def fake_weight(self, name: str = "weight") -> Tensor:
         return getattr(self, f"{name}_fake_quant")(self.effective_weight(name))
 
@@ -193,6 +197,7 @@ class FakeModule(QuantizedModule):
             for name, axis in self.weight_axes(self).items():
                 scale, zero_point = getattr(self, f"{name}_fake_quant").qparams()
                 packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
+                getattr(packed, f"{name}_scale").copy_(self.packed_scale(name, scale))
             for name in (*self.input_names, "output"):
                 quantizer = getattr(self, f"{name}_fake_quant")
                 if quantizer is not None and not quantizer.spec.dynamic:

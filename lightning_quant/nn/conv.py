@@ -82,10 +82,7 @@ class FakeConv(FoldableModule, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.fake_input(input)
-        weight = self.fake_weight()
-        if self.norm is None:
-            return self.fake_output(self._conv_forward(x, weight, self.bias))
-        return self.unscale(self._conv_forward(x, weight, None))
+        return self.run(lambda weight, bias: self._conv_forward(x, weight, bias))
 
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -96,11 +93,9 @@ class FakeConvTranspose(FakeConv, _ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         x = self.fake_input(input)
-        run = _TRANSPOSED[len(self.kernel_size)]
+        transposed = _TRANSPOSED[len(self.kernel_size)]
         extra: Any = (self.stride, self.padding, output_padding(self, x, output_size), self.groups, self.dilation)
-        if self.norm is None:
-            return self.fake_output(run(x, self.fake_weight(), self.bias, *extra))
-        return self.unscale(run(x, self.fake_weight(), None, *extra))
+        return self.run(lambda weight, bias: transposed(x, weight, bias, *extra))
 
 
 class PackedConv1d(PackedConv, nn.Conv1d): ...

@@ -1,11 +1,14 @@
 """Modules that a BatchNorm can be folded into (Jacob et al. 2018, arXiv:1712.05877, section 3.2).
 
-Training quantizes `weight * s` with `s = gamma / sqrt(running_var + eps)`, divides the output by `s` again and leaves the
-BatchNorm in place to learn; in eval the two cancel into the folded module that `to_packed` builds.
+The folded weight is `weight * s` with `s = gamma / sqrt(running_var + eps)`. Training leaves the BatchNorm in place to learn. Where
+each scale belongs to one output channel, quantizing the weight and multiplying its scale by |s| in the end is the same as
+quantizing the folded weight. Else training quantizes `weight * s` and divides the output by `s` again. In eval both equal the
+folded module that `to_packed` builds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.nn.base import FakeModule, PackedModule
+from lightning_quant.numerics import MIN_SCALE
 
 # a scale below this counts as 0: its channel is constant
 TINY_SCALE = 1e-8
@@ -57,8 +61,18 @@ class FoldableModule(FakeModule):
         """Take `norm`, whose qualified name in the model is `name`, into the quantized weight."""
         self.folded_norm, self.folded_name = [norm], name
 
-    def _scale_weight(self, scale: Tensor) -> Tensor:
-        weight = self.get_weight("weight")
+    @property
+    def commutes(self) -> bool:
+        """Whether every scale belongs to one output channel: then quantizing and folding may change places.
+
+        With `s` in the scale instead of the weight, a learned or frozen scale stays right while the statistics move.
+        """
+        spec = self.scheme.weight
+        assert spec is not None
+        return spec.granularity in ("channel", "group") and not spec.flat_groups and self.channel_groups() == 1
+
+    def _scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """A weight times a factor `[out channels]`."""
         axis, blocks = self.weight_axes(self)["weight"], self.channel_groups()
         if blocks == 1:
             shape = [1] * weight.dim()
@@ -69,20 +83,42 @@ class FoldableModule(FakeModule):
         factor = scale.to(weight.dtype).view(blocks, 1, -1, *[1] * (weight.dim() - 2))
         return (split * factor).flatten(0, 1)
 
-    def effective_weight(self, name: str, exact: bool = False) -> Tensor:
-        if self.norm is None:
-            return self.get_weight(name)
-        scale = norm_scale(self.norm)
-        return self._scale_weight(scale if exact else torch.where(scale.abs() < TINY_SCALE, 1.0, scale))
+    def _sign(self) -> Tensor:
+        """The sign of `s`, [out channels]: a negative one flips the weight, as scales are positive."""
+        assert self.norm is not None
+        return torch.where(norm_scale(self.norm) < 0, -1.0, 1.0)
 
-    def unscale(self, out: Tensor) -> Tensor:
-        """Undo the folded scale on the output and add the bias, in front of the BatchNorm."""
+    def effective_weight(self, name: str, exact: bool = False) -> Tensor:
+        weight = self.get_weight(name)
+        if self.norm is None:
+            return weight
+        if self.commutes:
+            return self._scaled(weight, self._sign())
+        scale = norm_scale(self.norm)
+        return self._scaled(weight, scale if exact else torch.where(scale.abs() < TINY_SCALE, 1.0, scale))
+
+    def packed_scale(self, name: str, scale: Tensor) -> Tensor:
+        if self.norm is None or not self.commutes:
+            return scale
+        return (scale * norm_scale(self.norm).abs()[:, None]).clamp(min=MIN_SCALE)
+
+    def run(self, compute: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """The layer's output from `compute(weight, bias)`, in front of the BatchNorm if it has one."""
+        bias: Any = self.bias
+        weight = self.fake_weight()
+        if self.norm is None:
+            return self.fake_output(compute(weight, bias))
+        if self.commutes:
+            return compute(self._scaled(weight, self._sign()), bias)
+        return self._unscale(compute(weight, None), bias)
+
+    def _unscale(self, out: Tensor, bias: Tensor | None) -> Tensor:
+        """Undo the folded scale on the output and add the bias."""
         assert self.norm is not None
         scale = norm_scale(self.norm)
         shape = [1] * out.dim()
         shape[self.output_axis] = -1
         out = out / torch.where(scale.abs() < TINY_SCALE, 1.0, scale).to(out.dtype).view(shape)
-        bias: Any = self.bias
         return out if bias is None else out + bias.to(out.dtype).view(shape)
 
     def _fill(self, packed: PackedModule) -> None:
