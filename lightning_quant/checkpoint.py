@@ -8,14 +8,17 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_quant.nn import find_entry, make_fake
+from lightning_quant.nn import FakeModule, find_entry, make_fake
 from lightning_quant.nn.attention import disable_fast_path
 from lightning_quant.nn.base import Setup
 from lightning_quant.nn.folding import FoldableModule
+from lightning_quant.recipe import Recipe
 from lightning_quant.serialization import build_packed, described_modules
 from lightning_quant.spec import QuantScheme
+from lightning_quant.surgery import INFO, ModelInfo
 
 M = TypeVar("M", bound=L.LightningModule)
 
@@ -47,29 +50,56 @@ def load_from_checkpoint(
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{checkpoint_path} is no Lightning checkpoint: it has no state_dict")
     state = checkpoint["state_dict"]
-    saved = dict(checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    takes = inspect.signature(module_class.__init__).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
-        saved = {name: value for name, value in saved.items() if name in takes}
-    module = module_class(**{**saved, **kwargs})
-    if described_modules(state, "packed"):
-        return build_packed(module, state, str(checkpoint_path))  # type: ignore[return-value]
-    rebuild_prepared(module, state, str(checkpoint_path))
-    module.load_state_dict(state)
+    module = module_class(**_init_arguments(module_class, checkpoint, kwargs))
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    if described := described_modules(state, "packed"):
+        module = build_packed(module, state, str(checkpoint_path))  # type: ignore[assignment]
+    else:
+        described = rebuild_prepared(module, state, str(checkpoint_path))
+    if described:
+        module.__dict__[INFO] = _recorded(checkpoint, described)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
     return module
 
 
-def rebuild_prepared(module: nn.Module, state: dict[str, Any], source: str) -> None:
-    """Give a float module the quantizers that a state_dict describes, in place; nothing if it describes none."""
-    modules = dict(module.named_modules())
+def _init_arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments as `save_hyperparameters` kept them: by name, or all in one."""
+    saved = dict(checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    name = checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
+    if name and name != "kwargs":
+        return {name: saved, **given}
+    takes = inspect.signature(module_class.__init__).parameters  # type: ignore[misc]
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+        saved = {key: value for key, value in saved.items() if key in takes}
+    return {**saved, **given}
+
+
+def _recorded(checkpoint: dict[str, Any], described: dict[str, dict[str, Any]]) -> ModelInfo:
+    """The recipe as `QATCallback` saved it, else one that names every module."""
+    method = next((told["setup"]["method"] for told in described.values() if "setup" in told), "ste")
+    folded = {told["folded"]: name for name, told in described.items() if told.get("folded")}
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith("QATCallback") and "recipe" in state:
+            return ModelInfo(Recipe.from_dict(state["recipe"]), state["method"], {}, folded)
+    return ModelInfo(Recipe(schemes={name: told["scheme"] for name, told in described.items()}), method, {}, folded)
+
+
+def rebuild_prepared(module: nn.Module, state: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """Give a float module the quantizers that a state_dict describes, in place; returns the descriptions."""
+    modules = dict(module.named_modules(remove_duplicate=False))
     described = described_modules(state, "fake")
     missing = [name for name in described if name not in modules]
     if missing:
         raise ValueError(f"{source} was not made from this {type(module).__name__}: it has no module {', '.join(missing[:3])}")
     for name, told in described.items():
+        if isinstance(modules[name], FakeModule):
+            continue  # under its other name
         fake = make_fake(modules[name], find_entry(modules[name]))
         fake.attach(Setup(QuantScheme.from_dict(told["scheme"]), **told["setup"]))
         if isinstance(fake, FoldableModule) and told.get("folded"):
             fake.fold(modules[told["folded"]], told["folded"])
     if described:
         disable_fast_path(module)
+    return described

@@ -257,8 +257,8 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def update_qparams(self) -> None:
-        """Scale and zero point from what was observed so far."""
-        if not self.spec.dynamic and not self.is_weight and self.observer.has_data:
+        """Scale and zero point from what was observed since the last time; a learned scale is not touched again."""
+        if self._stale and self.observer.has_data:
             self._set_range(*self.observer.range())
         self._stale = False
 
@@ -295,7 +295,8 @@ class FakeQuantize(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args[3:])
         if len(missing_keys) == before:
             self.has_range = bool((self.scale != 0).all())
-            self._stale = False
+            # the observer may have seen more than the scale was made from
+            self._stale = not self.is_weight and not (self.learned and self.has_range)
 
     def extra_repr(self) -> str:
         return f"{self.spec.label}{', learned' * self.learned}, observing={self.observing}, quantizing={self.quantizing}"

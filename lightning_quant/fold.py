@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ class Flow:
 def _fits(producer: nn.Module, norm: nn.Module) -> bool:
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return False
+    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return False  # does more than normalise
+    if norm._forward_hooks or norm._forward_pre_hooks or producer._forward_hooks:
+        return False  # a hook may change, or keep, what folding does away with
     if isinstance(producer, _ConvNd):
         return producer.out_channels == norm.num_features
     return isinstance(producer, nn.Linear) and producer.out_features == norm.num_features
@@ -60,15 +65,19 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def _trace(model: nn.Module, prefix: str, flow: Flow) -> bool:
-    """Read pairs and order off the graph of `model`, or of the largest submodules that trace. False if none did."""
+    """Read pairs and order off the graph of `model`, or of the largest submodules that trace. False if `model` did not."""
     try:
         with _restored(model):
+            model.eval()
             graph = torch.fx.Tracer().trace(model)
     except Exception:  # any code may run in a user's forward; the caller tries the next way
-        done = [_trace(child, f"{prefix}{name}.", flow) for name, child in model.named_children() if any(child.children())]
-        return any(done)
+        for name, child in model.named_children():
+            if any(child.children()):
+                _trace(child, f"{prefix}{name}.", flow)
+        return False
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}  # parameters used beside their module
     for node in graph.nodes:
         if node.op != "call_module":
             continue
@@ -80,6 +89,7 @@ def _trace(model: nn.Module, prefix: str, flow: Flow) -> bool:
         if not isinstance(norm, _BatchNorm) or not isinstance(source, torch.fx.Node) or source.op != "call_module":
             continue
         alone = len(source.users) == 1 and calls[source.target] == calls[node.target] == 1
+        alone = alone and f"{source.target}.weight" not in read
         if alone and _fits(modules[source.target], norm):
             flow.pairs.append((f"{prefix}{source.target}", name))
     return True
@@ -134,22 +144,41 @@ def _run(model: nn.Module, call: Callable[[], Any]) -> Flow:
     handles = [module.register_forward_pre_hook(before) for module in leaves]
     handles += [module.register_forward_hook(after) for module in leaves]
     modes = [(module, module.training) for module in model.modules()]
+    for module in leaves:
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            uses.watch(module.weight)
     try:
         model.eval()
         with uses:
-            call()
+            returned = call()
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes:
             module.training = training
+    for leaf in torch.utils._pytree.tree_leaves(returned):
+        uses.counts[id(leaf)] += 1
     for producer, norm, key in found:
-        once = calls[producer] == calls[norm] == 1 and uses.counts[key] == 1
+        once = calls[producer] == calls[norm] == 1 and uses.counts[key] == 1 and uses.counts[id(producer.weight)] <= 1
         # BatchNorm1d normalises dimension 1: a linear layer's features only if its output has two
         flat = not isinstance(producer, nn.Linear) or uses.watched[key].dim() == 2
         if once and flat and _fits(producer, norm):
             flow.pairs.append((names[producer], names[norm]))
     return flow
+
+
+def _try_run(model: nn.Module, call: Callable[[], Any]) -> Flow | None:
+    """`_run`, or None with a warning: an example is a convenience and must not end a training."""
+    try:
+        with _restored(model):
+            return _run(model, call)
+    except Exception as error:
+        warnings.warn(
+            f"no example could be run to find which BatchNorms can be folded and in what order layers run "
+            f"({type(error).__name__}: {error}); set example_input_array, or Recipe(fold=[...])",
+            stacklevel=3,
+        )
+        return None
 
 
 def _check_pairs(model: nn.Module, pairs: Iterable[Sequence[str]]) -> list[Pair]:
@@ -189,25 +218,26 @@ def find_flow(model: nn.Module, call: Callable[[], Any] | None = None, pairs: It
     """
     norms = _norms(model)
     flow = Flow()
-    traced = _trace(model, "", flow) if norms or call is None else False
+    traced = _trace(model, "", flow)
     modules = dict(model.named_modules())
     left = [name for name in norms if name not in {norm for _, norm in flow.pairs}]
     # a graph does not tell whether a linear layer's features are the dimension that BatchNorm1d normalises
     flat = {norm for producer, norm in flow.pairs if isinstance(modules[producer], nn.Linear)}
-    if (left or flat or not traced) and call is not None:
-        with _restored(model):
-            ran = _run(model, call)
+    ran = _try_run(model, call) if (left or flat or not traced) and call is not None else None
+    if ran is not None:
         # a real run sees every use of a tensor; where it saw the module it has the last word
-        flow.pairs = ran.pairs + [pair for pair in flow.pairs if not set(pair) & set(ran.order)]
+        flow.pairs = ran.pairs + [pair for pair in flow.pairs if traced and not set(pair) & set(ran.order)]
         flow.order = ran.order or flow.order
-    elif flat:
-        flow.pairs = [pair for pair in flow.pairs if pair[1] not in flat]
+    else:
+        # of a part that traces alone nobody knows whether its parent calls it as a whole
+        unsure = flat if traced else set(norms)
+        flow.pairs = [pair for pair in flow.pairs if pair[1] not in unsure]
     if pairs is not None:
         flow.pairs = _check_pairs(model, pairs)
     paired = {norm for _, norm in flow.pairs}
     for name, norm in norms.items():
         if name not in paired:
-            flow.reasons[name] = _NEEDS_EXAMPLE if name in flat and call is None else _why_not(name, norm, flow, pairs is not None)
+            flow.reasons[name] = _NEEDS_EXAMPLE if name in flat and ran is None else _why_not(name, norm, flow, pairs is not None)
     return flow
 
 

@@ -13,18 +13,26 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_quant.calibration import Forward
+from lightning_quant.calibration import Forward, to_device
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.nn.base import QuantizedModule
+from lightning_quant.observers import Observer
 
 
 def calibration_data(source: Any) -> Any:
-    """A datamodule's, or module's, calibration data: `calibration_dataloader()`, else `train_dataloader()`."""
-    return source.calibration_dataloader() if hasattr(source, "calibration_dataloader") else source.train_dataloader()
+    """A datamodule's, or module's, calibration data: `calibration_dataloader()`, else `train_dataloader()` as a fit iterates it."""
+    return source.calibration_dataloader() if hasattr(source, "calibration_dataloader") else combined(source.train_dataloader())
+
+
+def combined(loaders: Any) -> Any:
+    """Several training dataloaders as the one whose batches a training step gets."""
+    return CombinedLoader(loaders, "max_size_cycle") if isinstance(loaders, (dict, list, tuple)) else loaders
 
 
 def find_step(module: L.LightningModule, forward: Forward | None) -> str | Forward:
@@ -118,7 +126,7 @@ def _borrowed(trainer: L.Trainer, limit: int) -> Iterator[None]:
     before = [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]
     kept = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
-    trainer.loggers = [DummyLogger()] if trainer.loggers else []
+    trainer.loggers = [DummyLogger()]  # steps may use self.logger.experiment
     trainer.limit_val_batches = limit
     loop.inference_mode = False
     loop._results = type(loop._results)(training=False)
@@ -142,27 +150,32 @@ def _undone(model: nn.Module) -> Iterator[None]:
         for part in model.modules()
         if isinstance(part, Metric)
     ]
-    plain = (bool, int, float, str, list, dict, set, tuple, type(None))
-    attributes = {
-        key: copy.deepcopy(value)
-        for key, value in model.__dict__.items()
-        if isinstance(value, plain) and not key.startswith("_") and not _holds_modules(value)
-    }
-    known = set(model.__dict__)
+    ours_too = (FakeQuantize, QuantizedModule, Observer, Metric)
+    attributes = [(part, _plain_attributes(part), set(part.__dict__)) for part in model.modules() if not isinstance(part, ours_too)]
     ours = {id(buffer) for part in model.modules() if isinstance(part, FakeQuantize) for buffer in part.buffers()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in ours]
     try:
         yield
     finally:
-        for part, state in metrics:
+        for metric, state in metrics:
             for name, value in state.items():
-                setattr(part, name, value)
-        for name in [key for key in model.__dict__ if key not in known and not key.startswith("_")]:
-            del model.__dict__[name]
-        model.__dict__.update(attributes)
+                setattr(metric, name, value)
+        for part, values, known in attributes:
+            for name in [key for key in part.__dict__ if key not in known and not key.startswith("_")]:
+                del part.__dict__[name]
+            part.__dict__.update(values)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _plain_attributes(part: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str, list, dict, set, tuple, type(None))
+    return {
+        key: copy.deepcopy(value)
+        for key, value in part.__dict__.items()
+        if isinstance(value, plain) and not key.startswith("_") and key != "training" and not _holds_modules(value)
+    }
 
 
 def _holds_modules(value: Any) -> bool:
@@ -207,3 +220,60 @@ def run_lightning(
             model.to(device)
     if not seen:
         raise ValueError("calibration got no batch: the dataloader is empty")
+
+
+# --- an example from within a fit -----------------------------------------------------------------------------------
+
+
+def example_call(trainer: L.Trainer, module: L.LightningModule, stage: str) -> Callable[[], Any]:
+    """Runs a module on `example_input_array`, or on the first batch of the running stage through its own step.
+
+    Leaves the module, its metrics and the random state as they were, and logs nothing. It may raise: a user's step need not
+    run this early.
+    """
+
+    def forward() -> Any:
+        example = to_device(module.example_input_array, module)
+        if isinstance(example, tuple):
+            return module(*example)
+        return module(**example) if isinstance(example, dict) else module(example)
+
+    def step() -> Any:
+        name, batch = _first_batch(trainer, module, stage)
+        cls = type(module)
+        silent = {method: lambda self, *args, **kwargs: None for method in ("log", "log_dict")}
+        module.__class__ = type(f"Example{cls.__name__}", (cls,), silent)
+        try:
+            bound = getattr(module, name)
+            return bound(*_step_arguments(bound, batch, 0, 0))
+        finally:
+            module.__class__ = cls
+
+    def run() -> Any:
+        with _undone(module), torch.random.fork_rng(devices=[]):
+            return forward() if module.example_input_array is not None else step()
+
+    return run
+
+
+def _first_batch(trainer: L.Trainer, module: L.LightningModule, stage: str) -> tuple[str, Any]:
+    """The step to run and its batch. Raises ValueError if there is none that can be had without taking it from the run."""
+    loops: dict[str, tuple[Any, str]] = {
+        "fit": (trainer.fit_loop, "training_step"),
+        "validate": (trainer.validate_loop, "validation_step"),
+        "test": (trainer.test_loop, "test_step"),
+        "predict": (trainer.predict_loop, "predict_step"),
+    }
+    loop, name = loops[stage]
+    if name == "training_step" and not module.automatic_optimization:
+        loop, name = trainer.fit_loop.epoch_loop.val_loop, "validation_step"
+    if not loop._data_source.is_defined() or not is_overridden(name, module):
+        raise ValueError(f"{type(module).__name__} has no {name} with data that could serve as an example")
+    loaders = loop._data_source.dataloader()
+    if not isinstance(loaders, CombinedLoader):
+        loaders = CombinedLoader(loaders, "max_size_cycle" if name == "training_step" else "sequential")
+    if any(isinstance(loader, Iterator) for loader in loaders.flattened):
+        raise ValueError("the data is an iterator, whose first batch would be lost")
+    batch, _, _ = next(iter(loaders))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return name, module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)

@@ -13,7 +13,7 @@ from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.observers import make_observer
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe
-from lightning_quant.surgery import convert, fake_modules, prepare
+from lightning_quant.surgery import apply_plan, convert, fake_modules
 
 
 def check(model: nn.Module, recipe: Recipe, has_data: bool) -> Plan:
@@ -52,7 +52,7 @@ def quantize_model(
     """
     algorithms = get_algorithms(recipe.algorithms)
     with evaluating(model):
-        prepare(model, recipe, training=False, call=example)
+        apply_plan(model, plan_model(model, recipe, example, warn=False), training=False)  # `check` has warned
     if run is not None and needs_data(model):
         with observing(model):
             run()

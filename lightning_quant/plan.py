@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_quant.fold import Flow, find_flow
 from lightning_quant.nn import Entry, PackedModule, Unsupported, find_entry
@@ -70,6 +72,9 @@ def _check_weights(name: str, module: nn.Module, entry: Entry) -> None:
         raise Unsupported("parametrized weight; call torch.nn.utils.parametrize.remove_parametrizations first")
     for weight in entry.fake.weight_axes(module):
         stored = module._parameters.get(weight)
+        hooks = module._forward_pre_hooks.values()
+        if f"{weight}_orig" in module._parameters and not any(isinstance(hook, BasePruningMethod) for hook in hooks):
+            raise Unsupported(f"a hook computes its {weight} (spectral_norm?); call torch.nn.utils.remove_spectral_norm first")
         if f"{weight}_g" in module._parameters:
             raise Unsupported(f"weight_norm computes its {weight}; call torch.nn.utils.remove_weight_norm first")
         if stored is not None and not stored.is_floating_point():
@@ -137,11 +142,13 @@ def plan_model(
     model: nn.Module,
     recipe: Recipe | str | dict[str, Any],
     call: Callable[[], Any] | None = None,
+    warn: bool = True,
 ) -> Plan:
     """Match a recipe against a float model; nothing is changed.
 
     Args:
         call: runs `model` on an example, where tracing does not get through (see `find_flow`).
+        warn: about patterns that match nothing.
 
     Raises:
         ValueError: the recipe quantizes nothing, or gives one shared weight two schemes, or the model is quantized already.
@@ -153,7 +160,8 @@ def plan_model(
     if quantized := [module for module in model.modules() if isinstance(module, QuantizedModule)]:
         state = "packed" if isinstance(quantized[0], PackedModule) else "prepared for quantization"
         raise ValueError(f"the model is {state} already: give the float model")
-    _warn_unmatched(model, recipe)
+    if warn:
+        _warn_unmatched(model, recipe)
     plan, heads = Plan(recipe), _language_model_heads(model)
     found: list[tuple[Match, bool]] = []
     opaque: set[int] = set()  # out_proj of attention that stays in float: read by it, never called
@@ -190,18 +198,21 @@ def plan_model(
         told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(plan.skipped.items())[:8])
         raise ValueError(f"the recipe quantizes nothing in this model. Skipped: {told or 'no module has a weight matrix'}")
     _check_ties(model, plan)
-    _plan_folds(plan, flow)
+    _plan_folds(model, plan, flow)
     return plan
 
 
-def _plan_folds(plan: Plan, flow: Flow) -> None:
+def _plan_folds(model: nn.Module, plan: Plan, flow: Flow) -> None:
     by_name = {match.name: match for match in plan.matches}
+    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for producer, norm in flow.pairs:
         match = by_name.get(producer)
         if match is None:
             plan.skipped[norm] = f"not folded: {producer} stays in float"
         elif match.scheme.output is not None:
             plan.skipped[norm] = f"not folded: the output of {producer} is quantized in front of it"
+        elif owners[id(match.module._parameters.get("weight"))] > 1:
+            plan.skipped[norm] = f"not folded: another module shares the weight of {producer}"
         else:
             plan.pairs.append((producer, norm))
     for norm, reason in flow.reasons.items():

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_quant.calibration import Forward, run_batches
 from lightning_quant.fake_quant import FakeQuantize
-from lightning_quant.loop import calibration_data, find_step, run_lightning
+from lightning_quant.loop import calibration_data, combined, find_step, run_lightning
 from lightning_quant.pipeline import check, quantize_model
 from lightning_quant.recipe import Recipe, as_recipe
 from lightning_quant.report import plan_summary, summary
@@ -72,8 +72,9 @@ def quantize(
     """
     if isinstance(calibration_batches, bool) or not isinstance(calibration_batches, int) or calibration_batches < 1:
         raise ValueError(f"calibration_batches={calibration_batches!r}: must be a positive int")
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if is_packed(module):
-        raise ValueError("the model is packed already")
+        raise ValueError("the model is packed already: give the float or the QAT model (a Trainer's own is the one that ran last)")
     if is_prepared(module):
         return _convert_trained(module, recipe, dry_run)
     if recipe is None:
@@ -85,6 +86,7 @@ def quantize(
     plan = check(module, recipe, runner is not None)
     if dry_run:
         return plan_summary(module, plan)
+    _check_copyable(module)
     model = copy.deepcopy(module)
     with _kept_rng():
         if runner is None:
@@ -95,6 +97,17 @@ def quantize(
             run=lambda: runner(model, calibration_batches),
             example=lambda: runner(model, 1),
         )
+
+
+def _check_copyable(module: nn.Module) -> None:
+    """Weights that a hook computes in every forward are no leaves, and cannot be copied."""
+    for name, part in module.named_modules():
+        for key, value in part.__dict__.items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                raise ValueError(
+                    f"{name or 'the model'}.{key} is computed by a hook (pruning, weight_norm, spectral_norm), and such a model "
+                    f"cannot be copied: make it permanent first (prune.remove, remove_weight_norm, remove_spectral_norm)"
+                )
 
 
 def _convert_trained(module: nn.Module, recipe: Any, dry_run: bool) -> Any:
@@ -150,7 +163,7 @@ def _find_runner(
     if datamodule is None and dataloaders is None and trainer is not None:
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is None and not is_overridden("train_dataloader", module):
-            dataloaders = trainer.train_dataloader
+            dataloaders = combined(trainer.train_dataloader)
     has_own = is_overridden("train_dataloader", module) or hasattr(module, "calibration_dataloader")
     if datamodule is None and dataloaders is None and not has_own:
         return None

@@ -50,12 +50,15 @@ def _split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} is a {type(tensor).__name__}: only tensors can be saved; encode it in get_extra_state")
         key = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()) if tensor.numel() else name
         if key in first:
             aliases[name] = first[key]
         else:
             first[key] = name
-            kept[name] = tensor.detach().contiguous()
+            whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+            kept[name] = tensor.detach().contiguous() if whole else tensor.detach().clone().contiguous()  # views may overlap
     return kept, aliases
 
 
@@ -222,8 +225,9 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
     described = described_modules(state, "packed")
     if not described:
         raise ValueError(f"{source} holds no packed modules")
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     built: dict[str, PackedModule] = {}
+    by_id: dict[int, PackedModule] = {}  # a module may have several names
     problems: list[str] = []
     # a name without a float module belongs to a part of another packed module (q_proj of attention)
     for name, told in described.items():
@@ -231,6 +235,9 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
         if name not in modules:
             if not isinstance(modules.get(parent), nn.MultiheadAttention):
                 problems.append(f"it has no module {name!r}")
+            continue
+        if id(modules[name]) in by_id:
+            built[name] = by_id[id(modules[name])]
             continue
         try:
             packed = find_entry(modules[name]).packed.empty(modules[name], QuantScheme.from_dict(told["scheme"]), "meta")
@@ -241,7 +248,7 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
         if f"{prefix}bias" in state and getattr(packed, "bias", 0) is None:  # came from a folded BatchNorm
             packed.register_parameter("bias", nn.Parameter(torch.empty_like(state[f"{prefix}bias"], device="meta")))
         packed._float_dtype = getattr(torch, told["dtype"])
-        built[name] = packed
+        built[name] = by_id[id(modules[name])] = packed
     if problems:
         raise _not_the_model(source, module, problems)
     memo = _memo(module, modules, built, state)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.fake_quant import METHODS
 from lightning_quant.fold import fold_norm
@@ -148,6 +149,22 @@ def prepare(
     return apply_plan(model, plan_model(model, recipe, call), method=method, training=training)
 
 
+def relink_norms(model: nn.Module) -> None:
+    """Find folded BatchNorms anew by name: they may have been replaced since, as `sync_batchnorm=True` does.
+
+    Raises:
+        RuntimeError: a folded BatchNorm is gone.
+    """
+    modules = dict(model.named_modules())
+    present = {id(module) for module in modules.values()}
+    for name, fake in fake_modules(model).items():
+        if isinstance(fake, FoldableModule) and fake.norm is not None and id(fake.norm) not in present:
+            found = modules.get(fake.folded_name)
+            if not isinstance(found, _BatchNorm):
+                raise RuntimeError(f"{name}: the BatchNorm {fake.folded_name!r} that is folded into it is no longer in the model")
+            fake.folded_norm = [found]
+
+
 # --- convert --------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +191,7 @@ def convert(model: nn.Module) -> nn.Module:
         RuntimeError: an activation's range was never observed; the message names it.
     """
     fakes = fake_modules(model)
+    relink_norms(model)
     if not fakes:
         raise ValueError("nothing to convert: prepare the model first (QATCallback, or quantize with a recipe)")
     built: dict[int, nn.Module] = {}

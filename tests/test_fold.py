@@ -131,9 +131,8 @@ def test_pairs_of_a_resnet_are_those_that_run():
 
 def test_untraceable_models_are_run():
     model, x = Branching(), images()
-    inner = {pair for pair in RESNET_PAIRS if pair[0].startswith("blocks")}
     alone = find_flow(model)
-    assert set(alone.pairs) == inner
+    assert alone.pairs == []  # blocks that trace alone may be used otherwise by their parent
     assert "example_input_array" in alone.reasons["norm"]
     ran = find_flow(model, lambda: model(x))
     assert set(ran.pairs) == RESNET_PAIRS

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
-import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.calibration import finish_observing, set_flags, to_device
+from lightning_quant.calibration import finish_observing, quantizers, set_flags
 from lightning_quant.fake_quant import METHODS
+from lightning_quant.loop import example_call
+from lightning_quant.nn import FakeModule, lookup
 from lightning_quant.recipe import Recipe, as_recipe
-from lightning_quant.surgery import get_info, is_packed, is_prepared, prepare
+from lightning_quant.surgery import get_info, is_packed, is_prepared, prepare, relink_norms
 
 When = int | float | None
+
+_MADE_LATE = "made after preparation (in the module's setup?); build layers in __init__ or configure_model"
 
 
 def _check_when(name: str, value: When) -> When:
@@ -89,15 +93,39 @@ class QATCallback(L.Callback):
             return
         if stage == "fit":
             self._check_times(trainer)
+            self._check_order(trainer)
         if is_overridden("configure_model", pl_module):
             # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
-            with (
-                trainer.strategy.tensor_init_context(),
-                trainer.strategy.model_sharded_context(),
-                trainer.precision_plugin.module_init_context(),
-            ):
-                pl_module.configure_model()
-        prepare(pl_module, self.recipe, method=self.method, call=_example(trainer, pl_module))
+            self._configure(trainer, pl_module)
+        prepare(pl_module, self.recipe, method=self.method, call=example_call(trainer, pl_module, stage))
+        self._check_observed(pl_module)
+
+    def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        plugin = trainer.precision_plugin
+        try:
+            with trainer.strategy.tensor_init_context(), trainer.strategy.model_sharded_context(), plugin.module_init_context():
+                module.configure_model()
+        except Exception as error:
+            raise MisconfigurationException(
+                f"QATCallback calls {type(module).__name__}.configure_model before the module's own setup(), so that its "
+                f"layers can be prepared before checkpoints are restored; there it raised {type(error).__name__}: {error}"
+            ) from error
+
+    def _check_order(self, trainer: L.Trainer) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks[: callbacks.index(self) if self in callbacks else 0]:
+            if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
+                raise MisconfigurationException(
+                    f"{type(other).__name__} copies the model in setup and must find it prepared: list QATCallback before it"
+                )
+
+    def _check_observed(self, module: L.LightningModule) -> None:
+        """A range that is frozen before it was ever observed would stop the training at its first batch."""
+        if self.freeze_observers_at in (0, 0.0) and any(not (q.is_weight or q.spec.dynamic) for q in quantizers(module)):
+            raise MisconfigurationException(
+                f"QATCallback freeze_observers_at={self.freeze_observers_at}: the recipe has static activations, whose ranges "
+                f"would never be observed; give a later time"
+            )
 
     def _check_same(self, module: nn.Module) -> None:
         info = get_info(module)
@@ -145,7 +173,28 @@ class QATCallback(L.Callback):
         finish_observing(module)
         set_flags(module, observing=False)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._list_late(pl_module)
+
+    def _list_late(self, module: L.LightningModule) -> None:
+        """Layers that the module's own setup() made, after preparation, are in float: say so."""
+        info = get_info(module)
+        if info is None or is_packed(module):
+            return
+        late = [
+            name
+            for name, part in module.named_modules()
+            if lookup(type(part)) is not None and not isinstance(part, FakeModule) and name not in info.skipped
+        ]
+        for name in late:
+            info.skipped[name] = _MADE_LATE
+        if late:
+            rank_zero_warn(
+                f"QATCallback: {', '.join(late)} stay in float: made after preparation; build them in __init__ or configure_model"
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        relink_norms(pl_module)
         self._frozen = []
         self._total_steps = _total_steps(trainer)
         self._apply(trainer, pl_module, force=True)
@@ -158,14 +207,13 @@ class QATCallback(L.Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._apply(trainer, pl_module)
+        self._apply(trainer, pl_module)  # also after a validation inside the epoch
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training or (trainer.state.fn == "fit" and not trainer.sanity_checking):
-            self._apply(trainer, pl_module, force=True)
+        self._phase = None  # modules are still in eval here: the next training batch brings flags and BatchNorms back
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(pl_module)
@@ -201,32 +249,9 @@ def _total_steps(trainer: L.Trainer) -> float:
 
 
 def _progress(trainer: L.Trainer, total: float) -> float:
-    """How much of the training is done, 0 to 1."""
+    """How much of the training is done, 0 to 1; by whole epochs if their length is unknown."""
+    if not 0 < total < float("inf"):
+        return trainer.current_epoch / max(trainer.max_epochs or 1, 1)
     if trainer.lightning_module.automatic_optimization or trainer.max_steps > 0:
-        return trainer.global_step / max(total, 1.0)
-    return trainer.fit_loop.epoch_loop.batch_progress.total.completed / max(total, 1.0)
-
-
-def _example(trainer: L.Trainer, module: L.LightningModule) -> Callable[[], Any] | None:
-    """Runs the module on `example_input_array`, or on the first training batch through its own step."""
-    if module.example_input_array is not None:
-        example = module.example_input_array
-
-        def forward() -> Any:
-            batch = to_device(example, module)
-            if isinstance(batch, tuple):
-                return module(*batch)
-            return module(**batch) if isinstance(batch, dict) else module(batch)
-
-        return forward
-    if not trainer.fit_loop._data_source.is_defined():
-        return None
-
-    def step() -> Any:
-        with torch.random.fork_rng(devices=[]):
-            loader: Any = trainer.fit_loop._data_source.dataloader()
-            batch = to_device(next(iter(loader)), module)
-        name = next(name for name in ("training_step", "validation_step") if is_overridden(name, module))
-        return getattr(module, name)(batch, 0)
-
-    return step
+        return trainer.global_step / total
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed / total

@@ -67,8 +67,10 @@ def find_entry(module: nn.Module) -> Entry:
     if found is None:
         raise Unsupported(f"no quantized {type(module).__name__}")
     base, entry = found
-    if type(module) is not base and type(module).forward is not base.forward:
-        raise Unsupported(f"{type(module).__name__} overrides the forward of {base.__name__}, which quantization would replace")
+    for method in ("forward", "_conv_forward", "_output_padding"):
+        if getattr(type(module), method, None) is not getattr(base, method, None):
+            told = "forward" if method == "forward" else f"{method} (part of the forward)"
+            raise Unsupported(f"{type(module).__name__} overrides the {told} of {base.__name__}, which quantization would replace")
     return entry
 
 

@@ -96,12 +96,17 @@ class QuantizedModule(nn.Module):
         if found["kind"] != self.kind or QuantScheme.from_dict(found["scheme"]) != self.scheme:
             theirs = QuantScheme.from_dict(found["scheme"]).label
             raise ValueError(
-                f"the checkpoint holds a {found['kind']} module ({theirs}), this one is {self.kind} ({self.scheme.label})"
+                f"the checkpoint holds a {found['kind']} module ({theirs}), this one{self._where()} is {self.kind} "
+                f"({self.scheme.label}): use the recipe that the checkpoint was made with, or lq.load_from_checkpoint"
             )
         self._restore(found)
 
     def _restore(self, found: dict[str, Any]) -> None:
         """Take over what `_describe` added."""
+
+    def _where(self) -> str:
+        """The module's name for messages, where it is known."""
+        return ""
 
 
 class FakeModule(QuantizedModule):
@@ -165,7 +170,10 @@ class FakeModule(QuantizedModule):
         return scale
 
     def fake_weight(self, name: str = "weight") -> Tensor:
-        return getattr(self, f"{name}_fake_quant")(self.effective_weight(name))
+        quantizer, weight = getattr(self, f"{name}_fake_quant"), self.effective_weight(name)
+        if not quantizer.has_range and quantizer.quantizing:
+            quantizer.observe(weight)  # a float checkpoint was loaded: the weight itself is all it takes
+        return quantizer(weight)
 
     def fake_input(self, x: Tensor, name: str = "input") -> Tensor:
         quantizer = getattr(self, f"{name}_fake_quant")
@@ -195,7 +203,10 @@ class FakeModule(QuantizedModule):
         packed = self.packed_type.empty(self, self.scheme)
         with torch.no_grad():
             for name, axis in self.weight_axes(self).items():
-                scale, zero_point = getattr(self, f"{name}_fake_quant").qparams()
+                quantizer = getattr(self, f"{name}_fake_quant")
+                if not quantizer.has_range:
+                    quantizer.observe(self.effective_weight(name))
+                scale, zero_point = quantizer.qparams()
                 packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
                 getattr(packed, f"{name}_scale").copy_(self.packed_scale(name, scale))
             for name in (*self.input_names, "output"):
@@ -213,6 +224,9 @@ class FakeModule(QuantizedModule):
         quantizing = all(quantizer.quantizing for _, quantizer in self.quantizers())
         return {**super()._describe(), "quantizing": quantizing, "setup": self.setup.to_dict()}
 
+    def _where(self) -> str:
+        return f", {self.setup.name!r}," if self.setup.name else ""
+
     def _restore(self, found: dict[str, Any]) -> None:
         for _, quantizer in self.quantizers():
             quantizer.quantizing = found["quantizing"]
@@ -222,6 +236,8 @@ class FakeModule(QuantizedModule):
         missing_keys = args[2]
         if f"{prefix}_extra_state" in missing_keys:  # a float checkpoint: its quantizers start afresh
             missing_keys.remove(f"{prefix}_extra_state")
+            for _, quantizer in self.quantizers():
+                quantizer.quantizing = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)

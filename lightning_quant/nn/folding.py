@@ -129,5 +129,14 @@ class FoldableModule(FakeModule):
         bias = fold_bias(self.norm, own).to(self.get_weight("weight").dtype)
         packed.register_parameter("bias", nn.Parameter(bias))
 
+    def _restore(self, found: dict[str, Any]) -> None:
+        mine = self.folded_name if self.folded_norm else None
+        if found.get("folded") != mine:
+            raise ValueError(
+                f"{self.setup.name}: the checkpoint was made with the BatchNorm {found.get('folded')!r} folded into it, here it is "
+                f"{mine!r}. Set example_input_array or Recipe(fold=[...]), so that the same pairs are found"
+            )
+        super()._restore(found)
+
     def _describe(self) -> dict[str, object]:
         return {**super()._describe(), "folded": self.folded_name if self.folded_norm else None}
