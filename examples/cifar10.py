@@ -202,7 +202,7 @@ class Experiment:
     def qat(self, state: dict[str, Tensor], recipe: str | lq.Recipe) -> nn.Module:
         model = ResNet20(lr=self.args.qat_lr)
         model.load_state_dict(state)
-        # statistics may stop only once the learning rate is low: without normalisation, SGD at its highest rate diverges
+        # BatchNorm statistics stop once the learning rate is low
         trainer = self.trainer(self.args.qat_epochs, [lq.QATCallback(recipe, method="lsq", freeze_bn_at=0.8)])
         trainer.fit(model, datamodule=self.data)
         return trainer.quantize()

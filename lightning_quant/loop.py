@@ -150,8 +150,12 @@ def _undone(model: nn.Module) -> Iterator[None]:
         for part in model.modules()
         if isinstance(part, Metric)
     ]
-    ours_too = (FakeQuantize, QuantizedModule, Observer, Metric)
-    attributes = [(part, _plain_attributes(part), set(part.__dict__)) for part in model.modules() if not isinstance(part, ours_too)]
+    not_theirs = (FakeQuantize, QuantizedModule, Observer, Metric)
+    attributes = [
+        (part, _plain_attributes(part), set(part.__dict__)) for part in model.modules() if not isinstance(part, not_theirs)
+    ]
+    for part, values, _ in attributes:
+        part.__dict__.update(copy.deepcopy(values))  # steps write into copies, and the originals come back
     ours = {id(buffer) for part in model.modules() if isinstance(part, FakeQuantize) for buffer in part.buffers()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in ours]
     try:
@@ -172,7 +176,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
 def _plain_attributes(part: nn.Module) -> dict[str, Any]:
     plain = (bool, int, float, str, list, dict, set, tuple, type(None))
     return {
-        key: copy.deepcopy(value)
+        key: value
         for key, value in part.__dict__.items()
         if isinstance(value, plain) and not key.startswith("_") and key != "training" and not _holds_modules(value)
     }

@@ -411,3 +411,58 @@ def test_three_dimensional_inputs_of_a_folded_linear_layer_raise():
     model = prepare(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), Recipe("w8a16", fold=[("0", "1")]))
     with pytest.raises(ValueError, match=r"0\.weight.*3 dimensions.*fold="):
         model(torch.randn(5, 6, 4))
+
+
+class Reads(nn.Module):
+    """A block whose parent also reads its convolution, in a forward that does not trace."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.seq = how, nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        y = self.seq[0](x)
+        if self.how == "added":
+            return self.seq[1](y) + y
+        if self.how == "returned":
+            return y, self.seq[1](y)
+        return self.seq[1](y) + nn.functional.conv2d(x, self.seq[0].weight)
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+def hooked(where: int) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[where].register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+def sharing() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(lambda how=how: Reads(how) for how in ("added", "returned", "weight")),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4)),
+        lambda: hooked(0),
+        lambda: hooked(1),
+        sharing,
+    ],
+    ids=["added", "returned", "weight", "norm-act", "conv-hook", "norm-hook", "shared-weight"],
+)
+def test_ptq_never_changes_the_function(build, called):
+    model, x = trained(build()).eval(), images()
+    want = model(x)
+    prepare(model, "w8a16", training=False, call=(lambda: model(x)) if called else None)
+    assert_close(model(x), want)
+    assert any("not folded" in reason for reason in get_info(model).skipped.values())

@@ -189,9 +189,7 @@ class QATCallback(L.Callback):
         for name in late:
             info.skipped[name] = _MADE_LATE
         if late:
-            rank_zero_warn(
-                f"QATCallback: {', '.join(late)} stay in float: made after preparation; build them in __init__ or configure_model"
-            )
+            rank_zero_warn(f"QATCallback: {', '.join(late)} stay in float: {_MADE_LATE}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         relink_norms(pl_module)
