@@ -99,9 +99,11 @@ class Classifier(L.LightningModule):
         self.log("accuracy", self.accuracy)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(lq.param_groups(self, lr=self.lr, weight_decay=0.01), lr=self.lr)
+        # Adam undoes LSQ's gradient scale, so learned scales get a lower rate of their own
+        groups = lq.param_groups(self, lr=self.lr, weight_decay=0.01, scale_lr=self.lr / 10)
+        optimizer = torch.optim.AdamW(groups)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -157,7 +159,7 @@ def run(name: str, make_net: Any, epochs: int, data: Digits, args: argparse.Name
         add(scheme, "PTQ", qmodel, check_reload(qmodel, make_net(), batch))
     for scheme in QAT:
         trained = copy.deepcopy(model).train()
-        trained.lr = args.lr / 2
+        trained.lr = args.lr / 4
         callback = lq.QATCallback(scheme, method="lsq", freeze_bn_at=0.8)
         trainer = make_trainer(args.qat_epochs, callback)
         trainer.fit(trained, datamodule=data)

@@ -215,7 +215,8 @@ def param_groups(module: nn.Module, *, scale_lr: float | None = None, **options:
 
     Args:
         module: a module prepared with `method="lsq"` (or any other: then there is only the first group).
-        scale_lr: the rate of scales and zero points; by default `lr` of `options`, or the optimizer's.
+        scale_lr: the rate of scales and zero points; by default `lr` of `options`, or the optimizer's. Adam undoes LSQ's
+            gradient scale, so with it a tenth of `lr` or less does better.
         options: of the first group, such as `lr` and `weight_decay`.
 
     Returns:
