@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10 through float, post-training quantization (PTQ) and quantization-aware training (QAT).
 
-    python examples/cifar10.py --data DATA                    # all schemes: about ten minutes on two cores
-    python examples/cifar10.py --data DATA --qat-epochs 0     # PTQ only: about a minute
+    python examples/cifar10.py --data DATA                    # all schemes: a quarter of an hour on two cores
+    python examples/cifar10.py --data DATA --qat-epochs 0     # PTQ only: two minutes
     python examples/cifar10.py --data DATA --epochs 60        # trains the float model, too, instead of loading it
 
 DATA (or the environment variable LQ_DATA) holds `cifar10/train.npz` and `cifar10/test.npz`, each with the arrays `jpeg`
@@ -264,7 +264,7 @@ def missing(message: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*treespec, LeafSpec.*")
     L.seed_everything(0, verbose=False)
     run(args)
 

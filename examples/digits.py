@@ -159,7 +159,7 @@ def run(name: str, make_net: Any, epochs: int, data: Digits, args: argparse.Name
         add(scheme, "PTQ", qmodel, check_reload(qmodel, make_net(), batch))
     for scheme in QAT:
         trained = copy.deepcopy(model).train()
-        trained.lr = args.lr / 4
+        trained.lr = args.lr / 2
         callback = lq.QATCallback(scheme, method="lsq", freeze_bn_at=0.8)
         trainer = make_trainer(args.qat_epochs, callback)
         trainer.fit(trained, datamodule=data)
@@ -171,7 +171,7 @@ def run(name: str, make_net: Any, epochs: int, data: Digits, args: argparse.Name
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=15, help="of the CNN; the transformer takes twice as many")
-    parser.add_argument("--qat-epochs", type=int, default=10)
+    parser.add_argument("--qat-epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
