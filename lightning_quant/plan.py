@@ -6,11 +6,11 @@ import contextlib
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -21,6 +21,17 @@ from lightning_quant.nn import Entry, PackedModule, Unsupported, find_entry
 from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.recipe import Recipe, as_recipe, matches
 from lightning_quant.spec import QuantScheme
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, those that share their memory counted once."""
+    unique = {(tensor.data_ptr() or id(tensor), tensor.shape): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, those that share their memory counted once."""
+    return tensor_bytes([*model.parameters(), *model.buffers()])
 
 
 @dataclass

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_quant.nn import FakeModule, PackedModule, lookup
-from lightning_quant.plan import Plan
+from lightning_quant.nn.folding import FoldableModule
+from lightning_quant.plan import Plan, model_bytes, tensor_bytes
 from lightning_quant.spec import QuantScheme
 from lightning_quant.surgery import fake_modules, get_info, packed_modules
 
@@ -20,17 +22,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([padded[0], "  ".join("-" * width for width in widths), *padded[1:]])
-
-
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, those that share their memory counted once."""
-    unique = {(tensor.data_ptr() or id(tensor), tensor.shape): tensor for tensor in tensors}
-    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, those that share their memory counted once."""
-    return tensor_bytes([*model.parameters(), *model.buffers()])
 
 
 @dataclass(frozen=True)
@@ -147,8 +138,23 @@ def summary(model: nn.Module) -> Summary:
     ]
     now = model_bytes(model) - tensor_bytes(quantizers)
     saved = sum(row.bytes_before - row.bytes_after for row in rows)
-    before, after = (now, now - saved) if fakes else (now + saved, now)
-    return Summary(rows, skipped, before, after)
+    if fakes:
+        pairs = [
+            (module, module.norm) for module in fakes.values() if isinstance(module, FoldableModule) and module.norm is not None
+        ]
+        return Summary(rows, skipped, now, now - saved - _folded_bytes(pairs))
+    return Summary(rows, skipped, info.float_bytes if info and info.float_bytes else now + saved, now)
+
+
+def _folded_bytes(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> int:
+    """What goes with the BatchNorms of (module, BatchNorm) pairs, less the biases that come instead."""
+    gone = 0
+    for module, norm in pairs:
+        gone += model_bytes(norm)
+        if module.bias is None:
+            weight: Any = module.weight
+            gone -= norm.num_features * weight.element_size()
+    return gone
 
 
 def plan_summary(model: nn.Module, plan: Plan) -> Summary:
@@ -158,5 +164,7 @@ def plan_summary(model: nn.Module, plan: Plan) -> Summary:
         sizes = _fake_sizes(match.module, match.entry.packed, match.scheme)
         rows.append(_row(match.name, float_type_name(match.module), match.scheme, sizes, match.note))
     skipped = {**plan.skipped, **{norm: f"BatchNorm to be folded into {producer}" for producer, norm in plan.pairs}}
-    before = model_bytes(model)
-    return Summary(rows, skipped, before, before - sum(row.bytes_before - row.bytes_after for row in rows))
+    modules, before = dict(model.named_modules()), model_bytes(model)
+    saved = sum(row.bytes_before - row.bytes_after for row in rows)
+    folded = _folded_bytes((modules[producer], modules[norm]) for producer, norm in plan.pairs)
+    return Summary(rows, skipped, before, before - saved - folded)

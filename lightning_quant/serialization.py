@@ -118,6 +118,7 @@ def _write(model: nn.Module, target: Path) -> None:
             "skipped": info.skipped if info else {},
             "folded": info.folded if info else {},
             "notes": info.notes if info else {},
+            "float_bytes": info.float_bytes if info else None,
         }
         config_temporary.write_text(json.dumps(config, indent=2))
         os.replace(temporary, target / name)
@@ -169,7 +170,8 @@ def load_quantized(module: nn.Module, directory: str | os.PathLike[str]) -> nn.M
 
     Args:
         module: the float model it was made from, with any weights; it is not changed. Built under `torch.device("meta")` it
-            takes no memory, and no float weight of a quantized module is ever allocated.
+            takes no memory, and no float weight of a quantized module is ever allocated. A model that computes buffers it does
+            not save (rotary embeddings) has to be built on the CPU: such a buffer is in no file.
         directory: what `save_quantized` wrote.
 
     Returns:
@@ -188,7 +190,7 @@ def load_quantized(module: nn.Module, directory: str | os.PathLike[str]) -> nn.M
         _tie(model, alias, kept)
     recipe = Recipe.from_dict(config["recipe"]) if config["recipe"] else Recipe()
     told = {key: config.get(key, {}) for key in ("skipped", "folded", "notes")}
-    model.__dict__[INFO] = ModelInfo(recipe, config.get("method", "ste"), **told)
+    model.__dict__[INFO] = ModelInfo(recipe, config.get("method", "ste"), **told, float_bytes=config.get("float_bytes"))
     first = next(module.parameters(), None)
     if first is not None and first.device.type not in ("meta", "cpu"):
         model.to(first.device)

@@ -17,7 +17,7 @@ from lightning_quant.nn import FakeModule, PackedModule, make_fake
 from lightning_quant.nn.attention import FakeMultiheadAttention, disable_fast_path
 from lightning_quant.nn.base import Setup
 from lightning_quant.nn.folding import FoldableModule
-from lightning_quant.plan import Match, Plan, plan_model
+from lightning_quant.plan import Match, Plan, model_bytes, plan_model
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantSpec
 
@@ -33,6 +33,7 @@ class ModelInfo:
     skipped: dict[str, str] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    float_bytes: int | None = None
 
 
 def get_info(model: nn.Module) -> ModelInfo | None:
@@ -95,7 +96,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
     """Do what a plan made for this very model says; see `prepare`."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
-    modules = dict(model.named_modules())
+    modules, float_bytes = dict(model.named_modules()), model_bytes(model)
     folds = dict(plan.pairs)
     if not training:
         for producer, norm in folds.items():
@@ -112,7 +113,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
     disable_fast_path(model)
     notes = {match.name: match.note for match in plan.matches if match.note}
     folded = {norm: producer for producer, norm in plan.pairs}
-    model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes)
+    model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes, float_bytes)
     return model
 
 

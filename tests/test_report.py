@@ -26,6 +26,7 @@ def test_bytes_at_real_width(recipe: str, most: float, features: int) -> None:
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a16", "nf4"])
 def test_prepared_model_tells_the_bytes_to_come(trained: Classifier, recipe: str) -> None:
+    float_bytes = model_bytes(trained)
     plan = lq.quantize(trained, recipe, datamodule=Digits(), dry_run=True)
     qmodel = lq.quantize(trained, recipe, datamodule=Digits())
     done = lq.summary(qmodel)
@@ -35,6 +36,8 @@ def test_prepared_model_tells_the_bytes_to_come(trained: Classifier, recipe: str
             (row.name, row.type, row.scheme, row.bytes_before) for row in done.rows
         ]
         assert [row.bits for row in one.rows] == pytest.approx([row.bits for row in done.rows], rel=0.03)
+        assert one.bytes_before == done.bytes_before == float_bytes
+        assert one.bytes_after == done.bytes_after
     assert done.bytes_after == model_bytes(qmodel)
 
 
