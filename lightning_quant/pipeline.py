@@ -10,7 +10,6 @@ from torch import nn
 from lightning_quant.algorithms import get_algorithms
 from lightning_quant.calibration import evaluating, observing
 from lightning_quant.fake_quant import FakeQuantize
-from lightning_quant.observers import make_observer
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe
 from lightning_quant.surgery import apply_plan, convert, fake_modules
@@ -20,14 +19,10 @@ def check(model: nn.Module, recipe: Recipe, has_data: bool) -> Plan:
     """Everything that can be refused before work starts.
 
     Raises:
-        ValueError: unknown algorithms or observers, a recipe that quantizes nothing, or static activations without data.
+        ValueError: unknown algorithms, a recipe that quantizes nothing, or static activations without data.
     """
     get_algorithms(recipe.algorithms)
     plan = plan_model(model, recipe)
-    scheme = plan.matches[0].scheme
-    for name, options in ((recipe.observer, recipe.observer_options), (recipe.weight_observer, recipe.weight_observer_options)):
-        if name is not None and scheme.weight is not None:
-            make_observer(name, scheme.weight, 0, options)
     static = [match.name for match in plan.matches if match.scheme.needs_data]
     if static and not has_data:
         raise ValueError(

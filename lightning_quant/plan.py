@@ -19,6 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from lightning_quant.fold import Flow, find_flow
 from lightning_quant.nn import Entry, PackedModule, Unsupported, find_entry
 from lightning_quant.nn.base import QuantizedModule
+from lightning_quant.observers import make_observer
 from lightning_quant.recipe import Recipe, as_recipe, matches
 from lightning_quant.spec import QuantScheme
 
@@ -129,6 +130,15 @@ def _apply_edges(found: list[tuple[Match, bool]], edges: QuantScheme, order: lis
             match.scheme, match.note = edges, f"{'first' if match.name == ranked[0] else 'last'} layer: {edges.label}"
 
 
+def _check_observers(plan: Plan) -> None:
+    """Wrong names and options must show before the first module changes."""
+    recipe, spec = plan.recipe, plan.matches[0].scheme.weight
+    assert spec is not None
+    for name, options in ((recipe.observer, recipe.observer_options), (recipe.weight_observer, recipe.weight_observer_options)):
+        if name is not None:
+            make_observer(name, spec, 0, options)
+
+
 def _check_ties(model: nn.Module, plan: Plan) -> None:
     schemes = {id(match.module): match for match in plan.matches}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -162,7 +172,8 @@ def plan_model(
         warn: about patterns that match nothing.
 
     Raises:
-        ValueError: the recipe quantizes nothing, or gives one shared weight two schemes, or the model is quantized already.
+        ValueError: the recipe quantizes nothing, names an unknown observer or option,
+            or gives one shared weight two schemes, or the model is quantized already.
 
     Warns:
         UserWarning: a pattern matches no module.
@@ -208,6 +219,7 @@ def plan_model(
     if not plan.matches:
         told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(plan.skipped.items())[:8])
         raise ValueError(f"the recipe quantizes nothing in this model. Skipped: {told or 'no module has a weight matrix'}")
+    _check_observers(plan)
     _check_ties(model, plan)
     _plan_folds(model, plan, flow)
     return plan

@@ -96,6 +96,12 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
     """Do what a plan made for this very model says; see `prepare`."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
+    for match in plan.matches if method == "lsq" else ():
+        for spec in (match.scheme.weight, match.scheme.input, match.scheme.output):
+            if spec is not None and not spec.is_int and not spec.dynamic:
+                raise ValueError(
+                    f"{match.name}: LSQ learns the scales of integers, and the recipe gives {spec.label}: use method='ste'"
+                )
     modules, float_bytes = dict(model.named_modules()), model_bytes(model)
     folds = dict(plan.pairs)
     if not training:

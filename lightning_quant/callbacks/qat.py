@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.calibration import finish_observing, quantizers, set_flags
+from lightning_quant.calibration import finish_observing, set_flags
 from lightning_quant.fake_quant import METHODS
 from lightning_quant.loop import example_call
 from lightning_quant.nn import FakeModule, lookup
+from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
-from lightning_quant.surgery import get_info, is_packed, is_prepared, prepare, relink_norms
+from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms
 
 When = int | float | None
 
@@ -73,6 +74,11 @@ class QATCallback(L.Callback):
         if method not in METHODS:
             raise MisconfigurationException(f"QATCallback method={method!r}: valid are {', '.join(METHODS)}")
         self.recipe = as_recipe(recipe)
+        if self.recipe.algorithms:
+            raise MisconfigurationException(
+                f"QATCallback algorithms={list(self.recipe.algorithms)}: PTQ algorithms do not run in training; take them out, or "
+                f"use the recipe with lq.quantize"
+            )
         self.method = method
         self.quantize_from = _check_when("quantize_from", quantize_from)
         if quantize_from is None:
@@ -88,17 +94,19 @@ class QATCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if is_packed(pl_module):
             return
+        if stage == "fit":
+            self._check_times(trainer)
         if is_prepared(pl_module):
             self._check_same(pl_module)
             return
         if stage == "fit":
-            self._check_times(trainer)
             self._check_order(trainer)
         if is_overridden("configure_model", pl_module):
             # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
             self._configure(trainer, pl_module)
-        prepare(pl_module, self.recipe, method=self.method, call=example_call(trainer, pl_module, stage))
-        self._check_observed(pl_module)
+        plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
+        self._check_observed(plan)
+        apply_plan(pl_module, plan, method=self.method)
 
     def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         plugin = trainer.precision_plugin
@@ -119,9 +127,9 @@ class QATCallback(L.Callback):
                     f"{type(other).__name__} copies the model in setup and must find it prepared: list QATCallback before it"
                 )
 
-    def _check_observed(self, module: L.LightningModule) -> None:
+    def _check_observed(self, plan: Plan) -> None:
         """A range that is frozen before it was ever observed would stop the training at its first batch."""
-        if self.freeze_observers_at in (0, 0.0) and any(not (q.is_weight or q.spec.dynamic) for q in quantizers(module)):
+        if self.freeze_observers_at in (0, 0.0) and any(match.scheme.needs_data for match in plan.matches):
             raise MisconfigurationException(
                 f"QATCallback freeze_observers_at={self.freeze_observers_at}: the recipe has static activations, whose ranges "
                 f"would never be observed; give a later time"

@@ -203,9 +203,44 @@ def test_averaging_listed_first_raises(other: Any) -> None:
 
 
 def test_freezing_ranges_before_any_was_seen_raises() -> None:
+    model = Plain()
     with pytest.raises(MisconfigurationException, match="freeze_observers_at=0"):
-        trainer(1, lq.QATCallback("w8a8", freeze_observers_at=0)).fit(Plain(), loader())
+        trainer(1, lq.QATCallback("w8a8", freeze_observers_at=0)).fit(model, loader())
+    assert not fake_modules(model)
     trainer(1, lq.QATCallback("w4a16", freeze_observers_at=0)).fit(Plain(), loader())
+
+
+@pytest.mark.parametrize(
+    "options", [{"observer": "magic"}, {"weight_observer": "magic"}, {"observer": "mse", "observer_options": {"x": 1}}]
+)
+def test_a_wrong_observer_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
+    model = Plain()
+    with pytest.raises(ValueError, match="valid: "):
+        trainer(1, lq.QATCallback(lq.Recipe("w8a8", **options))).fit(model, loader())
+    assert not fake_modules(model)
+
+
+def test_what_a_training_cannot_do_raises_before_it_starts() -> None:
+    with pytest.raises(MisconfigurationException, match=r"algorithms=\['gptq'\].*lq.quantize"):
+        lq.QATCallback(lq.Recipe("w4a16", algorithms=["gptq"]))
+    model = Plain()
+    with pytest.raises(ValueError, match=r"net\.0.*nf4.*method='ste'"):
+        trainer(1, lq.QATCallback("nf4", method="lsq")).fit(model, loader())
+    assert not fake_modules(model)
+
+
+def test_an_endless_second_fit_with_fractions_raises() -> None:
+    model = Plain()
+    trainer(1, lq.QATCallback("w8a8")).fit(model, loader())
+    with pytest.raises(MisconfigurationException, match="has no end"):
+        trainer(-1, lq.QATCallback("w8a8", freeze_bn_at=0.5)).fit(model, loader())
+
+
+def test_calibration_leaves_a_trainer_without_a_datamodule_without_one() -> None:
+    host = trainer()
+    before = getattr(host, "datamodule", None)
+    host.quantize(Classifier(), datamodule=Digits(), recipe="w8a8")
+    assert getattr(host, "datamodule", None) is before
 
 
 def test_float_weights_loaded_after_preparation_are_ranged_anew() -> None:
