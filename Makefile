@@ -27,10 +27,10 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 test-all: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q -m "slow or not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "slow or not slow"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Quantization for PyTorch Lightning: QAT, PTQ and packed low-bit models, each one line in a Trainer."""
 
-from lightning_quant.callbacks import QATCallback
+from lightning_quant.callbacks import QATCallback, QuantizationMonitor, RandomStateCallback
 from lightning_quant.checkpoint import load_from_checkpoint
 from lightning_quant.compare import Comparison, compare
 from lightning_quant.quantize import quantize

@@ -6,14 +6,17 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.sharding import reshard
 from lightning_quant.surgery import fake_modules
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -26,34 +29,133 @@ def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:
             yield quantizer
 
 
-def set_flags(model: nn.Module, *, observing: bool | None = None, quantizing: bool | None = None) -> None:
-    """Switch observers and fake quantization on or off; None leaves a flag as it is. Structure and state do not change."""
-    for quantizer in quantizers(model):
-        if observing is not None and quantizer.observing != observing:
-            quantizer.observing = observing
-        if quantizing is not None and quantizer.quantizing != quantizing:
-            quantizer.quantizing = quantizing
+def set_flags(
+    model: nn.Module, *, observing: bool | None = None, following: bool | None = None, quantizing: bool | None = None
+) -> None:
+    """Switch observers and fake quantization on or off; None leaves a flag as it is. The structure stays.
+
+    Args:
+        observing: whether activations' observers watch.
+        following: whether ranges of weights follow the weights; when it ends they stay as they are then.
+        quantizing: fake quantization; when it starts, learned scales of weights start from the weights as they are then.
+    """
+    reshard(model)
+    for module in fake_modules(model).values():
+        parts = [quantizer for _, quantizer in module.quantizers()]
+        starts = quantizing is True and not all(part.quantizing for part in parts)
+        freezes = following is False and any(part.observing for part in parts if part.is_weight)
+        if starts or freezes:
+            module.follow_weights()
+        for part in parts:
+            observed = following if part.is_weight else observing
+            if observed is not None and part.observing != observed:
+                part.observing = observed
+            if quantizing is not None and part.quantizing != quantizing:
+                part.quantizing = quantizing
+
+
+def measure_weights(model: nn.Module) -> None:
+    """Bring the ranges of weights that follow them up to date."""
+    reshard(model)
+    for module in fake_modules(model).values():
+        if any(part.is_weight and part.observing and part.quantizing for _, part in module.quantizers()):
+            module.follow_weights()
 
 
 def finish_observing(model: nn.Module) -> None:
     """Turn what was observed since the last time into scales and zero points."""
+    reshard(model)
     for quantizer in quantizers(model):
         quantizer.update_qparams()
 
 
+def has_ranks() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _reduce(tensor: Tensor, op: str) -> None:
+    """Merge a tensor over ranks in place; `op` is one of min, max, sum."""
+    operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
+    dist.all_reduce(tensor, operations[op])
+
+
+def _observed(model: nn.Module) -> list[FakeQuantize]:
+    return [quantizer for quantizer in quantizers(model) if not quantizer.is_weight and not quantizer.spec.dynamic]
+
+
 def all_reduce_observers(model: nn.Module) -> None:
     """Give every rank the statistics of all ranks, as each observer's `reductions` say. Without a process group: nothing."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not has_ranks():
         return
-    operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
+    for quantizer in _observed(model):
+        quantizer.observer.all_reduce(_reduce)
+        quantizer._stale = True
 
-    def reduce(tensor: Tensor, op: str) -> None:
-        dist.all_reduce(tensor, operations[op])
 
+@dataclass(frozen=True)
+class _StepReduce:
+    """Merges what one observer sees in a step over ranks, and notices if ranks are at different observers."""
+
+    index: int
+    name: str
+
+    def __call__(self, tensor: Tensor, op: str) -> None:
+        if op != "max":
+            _reduce(tensor, op)
+            return
+        mine = tensor.new_tensor([self.index, -self.index])
+        both = torch.cat([tensor, mine])
+        _reduce(both, op)
+        if not torch.equal(both[-2:], mine):
+            raise RuntimeError(
+                f"{self.name}: ranks ran different modules in one step, so its range cannot be merged. Let every rank run the same "
+                f"modules, or give the modules that only some batches reach dynamic or no activation quantization"
+            )
+        tensor.copy_(both[:-2])
+
+
+def link_ranks(model: nn.Module, linked: bool) -> None:
+    """While linked, every observer sees the batches of all ranks, as one process would, and learned parameters are always used."""
+    for index, quantizer in enumerate(_observed(model)):
+        quantizer.observer.reduce = _StepReduce(index, quantizer.name) if linked else None
     for quantizer in quantizers(model):
-        if not quantizer.is_weight and not quantizer.spec.dynamic:
-            quantizer.observer.all_reduce(reduce)
-            quantizer._stale = True
+        quantizer.linked = linked
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, as DDP does at its next forward pass: BatchNorm statistics differ until then."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+@torch.no_grad()
+def share_norms(model: nn.Module) -> None:
+    """Give every rank the BatchNorm statistics of rank 0, in one message."""
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+    if not buffers or not has_ranks():
+        return
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    dist.broadcast(flat, 0)
+    for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))
+
+
+def drop_linked_gradients(model: nn.Module) -> None:
+    """Take away the zero gradients of learned parameters that are only linked, so that no optimizer counts a step for them."""
+    for quantizer in quantizers(model):
+        if quantizer.linked and quantizer.learned and not quantizer.quantizing:
+            for parameter in quantizer.parameters():
+                parameter.grad = None
+
+
+def share_ranges(model: nn.Module, others: Iterable[nn.Module]) -> None:
+    """Give copies of a prepared model its quantizers' state."""
+    for other in others:
+        for mine, theirs in zip(quantizers(model), quantizers(other), strict=True):
+            theirs.load_state_dict(mine.state_dict())
 
 
 @contextlib.contextmanager

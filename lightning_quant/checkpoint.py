@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
@@ -13,12 +16,13 @@ from torch import nn
 
 from lightning_quant.nn import FakeModule, find_entry, make_fake
 from lightning_quant.nn.attention import disable_fast_path
-from lightning_quant.nn.base import Setup
+from lightning_quant.nn.base import Setup, described_modules
 from lightning_quant.nn.folding import FoldableModule
+from lightning_quant.plan import model_bytes
 from lightning_quant.recipe import Recipe
-from lightning_quant.serialization import build_packed, described_modules
+from lightning_quant.serialization import build_packed, load_quantized
 from lightning_quant.spec import QuantScheme
-from lightning_quant.surgery import INFO, ModelInfo
+from lightning_quant.surgery import INFO, ModelInfo, check_state, is_prepared
 
 M = TypeVar("M", bound=L.LightningModule)
 
@@ -46,25 +50,79 @@ def load_from_checkpoint(
     Raises:
         ValueError: no Lightning checkpoint, or one of another model.
     """
-    checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{checkpoint_path} is no Lightning checkpoint: it has no state_dict")
-    state = checkpoint["state_dict"]
-    module = module_class(**_init_arguments(module_class, checkpoint, kwargs))
+    checkpoint = _read(checkpoint_path, map_location)
+    module = module_class(**init_arguments(module_class, checkpoint, kwargs))
     if is_overridden("configure_model", module):
         module.configure_model()
-    if described := described_modules(state, "packed"):
-        module = build_packed(module, state, str(checkpoint_path))  # type: ignore[assignment]
-    else:
-        described = rebuild_prepared(module, state, str(checkpoint_path))
-    if described:
-        module.__dict__[INFO] = _recorded(checkpoint, described)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    return _fill(module, checkpoint, str(checkpoint_path))
+
+
+def restore(model: M, path: str | os.PathLike[str]) -> M:
+    """A copy of a module with the structure and the weights of a checkpoint; the module itself stays as it is.
+
+    Args:
+        model: the float module, or one that is prepared as the checkpoint's was.
+        path: a float, prepared (QAT) or packed `.ckpt`, read with `weights_only=True`, or a folder of `lq.save_quantized`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no Lightning checkpoint, or one of another model.
+    """
+    if Path(path).is_dir():
+        return load_quantized(configured(model), path)  # type: ignore[return-value]
+    checkpoint = _read(path, "cpu")
+    return _fill(configured(model), checkpoint, str(path))
+
+
+def configured(model: M) -> M:
+    """A copy whose `configure_model` was run, so that all of its layers exist."""
+    module = copy.deepcopy(model)
+    if is_overridden("configure_model", module):
+        module.configure_model()
     return module
 
 
-def _init_arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_kind(path: str | os.PathLike[str]) -> str:
+    """What a checkpoint holds: `"float"`, `"fake"` (prepared) or `"packed"` modules; Lightning's sharded folders count as float."""
+    source = Path(path)
+    if source.is_dir():
+        return "float" if (source / ".metadata").exists() else "packed"
+    state = _read(source, "cpu")["state_dict"]
+    return next((kind for kind in ("packed", "fake") if described_modules(state, kind)), "float")
+
+
+def _read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the checkpoint {os.fspath(path)!r} does not exist")
+    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{os.fspath(path)} is no Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def _fill(module: M, checkpoint: dict[str, Any], source: str) -> M:
+    """Give a module the structure and the weights of a checkpoint."""
+    module.on_load_checkpoint(checkpoint)
+    state, float_bytes = checkpoint["state_dict"], model_bytes(module)
+    if described := described_modules(state, "packed"):
+        if is_prepared(module):
+            raise ValueError(f"{source} holds a packed model, but the model given is prepared: give the float one")
+        module = build_packed(module, state, source)  # type: ignore[assignment]
+    elif is_prepared(module):
+        if not described_modules(state, "fake"):
+            raise ValueError(f"{source} holds a float model, but the model given is prepared: give the float one")
+    else:
+        described = rebuild_prepared(module, state, source)
+    if described:
+        module.__dict__[INFO] = replace(_recorded(checkpoint, described), float_bytes=float_bytes)
+    try:
+        module.load_state_dict(state, strict=module.strict_loading)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit this {type(module).__name__}: {error}") from None
+    return module
+
+
+def init_arguments(module_class: type, checkpoint: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The constructor's arguments as `save_hyperparameters` kept them: by name, or all in one."""
     saved = dict(checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
     name = checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
@@ -102,4 +160,5 @@ def rebuild_prepared(module: nn.Module, state: dict[str, Any], source: str) -> d
             fake.fold(modules[told["folded"]], told["folded"])
     if described:
         disable_fast_path(module)
+        module.register_load_state_dict_pre_hook(check_state)
     return described

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_quant.numerics import (
     MIN_SCALE,
@@ -22,6 +24,7 @@ from lightning_quant.numerics import (
     to_groups,
 )
 from lightning_quant.observers import make_observer
+from lightning_quant.sharding import is_managed, put, whole
 from lightning_quant.spec import QuantSpec
 
 METHODS = ("ste", "lsq")
@@ -38,6 +41,19 @@ class _RoundTrip(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         return (grads[0] if ctx.mask is None else grads[0] * ctx.mask), None, None, None, None
+
+
+class _Link(torch.autograd.Function):
+    """The identity, that gives other tensors a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others)
 
 
 class _LSQ(torch.autograd.Function):
@@ -154,7 +170,8 @@ def keep_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class FakeQuantize(nn.Module):
     """The quantizer of one tensor: observes its range, and puts it on the grid.
 
-    `observing` and `quantizing` are plain flags, both off at first; switching them never changes parameters or buffers.
+    `observing` and `quantizing` are plain flags, both off at first; switching them never changes parameters or buffers. An
+    observing activation takes every batch into its range; an observing weight, while it is quantized, has the range of now.
 
     Args:
         spec: how the tensor is quantized.
@@ -194,6 +211,8 @@ class FakeQuantize(nn.Module):
         self.is_weight = shape is not None
         self.learned = learned and not spec.dynamic and spec.is_int
         self.observing = self.quantizing = False
+        # DDP waits for a gradient of every parameter: learned ones then stay in the graph while nothing is quantized
+        self.linked = False
         self.has_range = spec.dynamic
         self._stale = False
         if spec.dynamic:
@@ -201,7 +220,8 @@ class FakeQuantize(nn.Module):
         size = qparams_shape(shape or (1,), spec, axis)
         # a weight's range is measured from the weight itself, without state
         self.observer = make_observer(observer, spec, 0 if self.is_weight else 1, observer_options).to(device)
-        scale, zero_point = torch.zeros(size, device=device), torch.zeros(size, dtype=torch.int32, device=device)
+        scale = torch.zeros(size, dtype=torch.float32, device=device)  # whatever the default dtype
+        zero_point = torch.zeros(size, dtype=torch.int32, device=device)
         if self.learned:
             self.scale = nn.Parameter(scale)
         else:
@@ -214,9 +234,11 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.dynamic:
             return dynamic_fake_quantize(x, self.spec, self.axis) if self.quantizing else x
-        if self.observing and not (self.learned and self.quantizing and self.has_range):
+        if self.observing and self._takes_part():
             self.observe(x)
         if not self.quantizing:
+            return _Link.apply(x, *self.parameters()) if self.linked and self.learned and torch.is_grad_enabled() else x
+        if self.observing and self.waits:
             return x
         if self._stale:
             self.update_qparams()
@@ -225,6 +247,20 @@ class FakeQuantize(nn.Module):
             elements = x[0].numel() if not self.is_weight and x.dim() > 1 else None
             return lsq_fake_quantize(x, self.safe_scale(), self.zero_point, self.spec, self.axis, elements)
         return fake_quantize(x, self.scale, self.zero_point, self.spec, self.axis)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the first range of a learned scale is still to be set, and not by a forward pass: FSDP2 would forget it."""
+        return self.learned and not self.has_range and is_managed(self)
+
+    def _takes_part(self) -> bool:
+        """Whether what passes now is to be observed."""
+        if self.is_weight:
+            return self.quantizing and not self.learned
+        if self.learned and self.quantizing and self.has_range:
+            return False
+        # a checkpointed block runs a second time in the backward pass, with the ranges of the first
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def safe_scale(self) -> Tensor:
         """The scale in use: a learned one may have crossed zero, and its magnitude counts."""
@@ -240,15 +276,29 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take `x` into the range. Raises ValueError naming the tensor if it holds nan or inf."""
-        if x.numel() == 0 or self.spec.dynamic:
+        if self.spec.dynamic:
             return
-        rows = to_groups(x.detach(), self.spec, self.axis)
-        try:
-            if self.is_weight:
-                self._set_range(*self.observer.measure(rows, lambda: to_groups(torch.ones_like(x), self.spec, self.axis)))
-            else:
+        if self.is_weight:
+            self._set_qparams(*self.measure(x))
+        elif x.numel() or self.observer.reduce is not None:  # other ranks may have values
+            rows = to_groups(x.detach(), self.spec, self.axis) if x.numel() else x.detach().reshape(1, 0)
+            with self._named():
                 self.observer.update(rows)
-                self._stale = True
+            self._stale = True
+
+    @torch.no_grad()
+    def measure(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The qparams of a weight as it is now; nothing is kept. Raises ValueError naming it if it holds nan or inf."""
+        rows = to_groups(weight.detach(), self.spec, self.axis)
+        with self._named():
+            low, high = self.observer.measure(rows, lambda: to_groups(torch.ones_like(weight), self.spec, self.axis))
+        scale, zero_point = calc_qparams(low, high, self.spec)
+        return scale.reshape(self.scale.shape), zero_point.reshape(self.zero_point.shape)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             raise ValueError(
                 f"{self.name}: {error}, so its range is undefined. Check the data and the weights up to this module, "
@@ -259,14 +309,25 @@ class FakeQuantize(nn.Module):
     def update_qparams(self) -> None:
         """Scale and zero point from what was observed since the last time; a learned scale is not touched again."""
         if self._stale and self.observer.has_data:
-            self._set_range(*self.observer.range())
+            self._set_qparams(*calc_qparams(*self.observer.range(), self.spec))
         self._stale = False
 
-    def _set_range(self, low: Tensor, high: Tensor) -> None:
-        scale, zero_point = calc_qparams(low, high, self.spec)
-        self.scale.copy_(scale.reshape(self.scale.shape))
-        self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
+    def _set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        if self.learned and is_managed(self) and not isinstance(self.scale, DTensor):
+            raise RuntimeError(f"{self.name}: FSDP2 forgets a range that is set within a forward pass: train it with QATCallback")
+        put(self.scale, scale.reshape(self.scale.shape))
+        put(self.zero_point, zero_point.reshape(self.zero_point.shape))
         self.has_range = True
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """No range: also called by Lightning when tensors that were on the meta device become real."""
+        if self.spec.dynamic:
+            return
+        for value in (self.scale, self.zero_point):
+            value.zero_()
+        self.observer.reset()
+        self.has_range = self._stale = False
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """The frozen float32 scale and int32 zero point; raises RuntimeError if there is no range."""
@@ -286,15 +347,12 @@ class FakeQuantize(nn.Module):
         local_metadata, strict, missing_keys = args[0], args[1], args[2]
         if not any(key.startswith(prefix) for key in state_dict):
             # a float checkpoint: start without a range, to be observed anew
-            for buffer in (self.scale, self.zero_point):
-                buffer.detach().zero_()
-            self.observer.reset()
-            self.has_range = self._stale = False
+            self.reset_parameters()
             return
         before = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args[3:])
         if len(missing_keys) == before:
-            self.has_range = bool((self.scale != 0).all())
+            self.has_range = bool((whole(self.scale) != 0).all())
             # the observer may have seen more than the scale was made from
             self._stale = not self.is_weight and not (self.learned and self.has_range)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,12 +65,22 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
+class _Tracer(torch.fx.Tracer):
+    """Traces through compiled modules as they were written."""
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        inner = getattr(m, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            return inner(*args, **kwargs)
+        return super().call_module(m, m._call_impl if m._compiled_call_impl is not None else forward, args, kwargs)
+
+
 def _trace(model: nn.Module, prefix: str, flow: Flow) -> bool:
     """Read pairs and order off the graph of `model`, or of the largest submodules that trace. False if `model` did not."""
     try:
         with _restored(model):
             model.eval()
-            graph = torch.fx.Tracer().trace(model)
+            graph = _Tracer().trace(model)
     except Exception:  # any code may run in a user's forward; the caller tries the next way
         for name, child in model.named_children():
             if any(child.children()):
@@ -216,6 +227,17 @@ def find_flow(model: nn.Module, call: Callable[[], Any] | None = None, pairs: It
         >>> find_flow(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).pairs
         [('0', '1')]
     """
+    with eagerly():
+        return _find_flow(model, call, pairs)
+
+
+def eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Compiled modules run as they were written: then they can be traced, and what calls them can be watched."""
+    # where nothing was compiled, the compiler is not even imported
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def _find_flow(model: nn.Module, call: Callable[[], Any] | None, pairs: Iterable[Sequence[str]] | None) -> Flow:
     norms = _norms(model)
     flow = Flow()
     traced = _trace(model, "", flow)

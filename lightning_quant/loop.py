@@ -113,6 +113,7 @@ def _borrowed(trainer: L.Trainer, limit: int) -> Iterator[None]:
         (trainer.state, "stage"),
         (strategy, "_lightning_module"),
         (strategy, "model"),
+        (strategy, "_device_mesh"),
         (connector, "_callback_metrics"),
         (connector, "_logged_metrics"),
         (connector, "_progress_bar_metrics"),

@@ -19,6 +19,8 @@ from lightning_quant.spec import QuantSpec
 OBSERVERS: dict[str, type[Observer]] = {}
 
 Range = tuple[Tensor, Tensor]
+# reduce(tensor, op) merges a tensor over ranks in place; op is one of min, max, sum
+Reduce = Callable[[Tensor, str], None]
 
 
 def register_observer(name: str) -> Callable[[type[Observer]], type[Observer]]:
@@ -42,12 +44,23 @@ def make_observer(name: str, spec: QuantSpec, groups: int, options: dict[str, An
     return OBSERVERS[name](spec, groups, **(options or {}))
 
 
-def _finite_range(rows: Tensor) -> Range:
-    low, high = torch.aminmax(rows, dim=1)
+def _finite_range(rows: Tensor, reduce: Reduce | None = None) -> Range:
+    """The range of each row, over all ranks if `reduce` is given; without any value it is [inf, -inf]."""
+    if rows.shape[1]:
+        low, high = (end.float() for end in torch.aminmax(rows, dim=1))
+    else:
+        high = torch.full((rows.shape[0],), -torch.inf, device=rows.device)
+        low = -high
+    if reduce is not None:
+        # one maximum of both ends; nan would be lost in it, inf is not
+        ends = torch.cat([-low, high])
+        ends = torch.where(ends.isnan(), torch.inf, ends)
+        reduce(ends, "max")
+        low, high = -ends[: len(low)], ends[len(low) :]
     if not bool(((low > -torch.inf) & (high < torch.inf)).all()):
         bad = rows.numel() - int(torch.isfinite(rows).sum())
-        raise ValueError(f"{bad} of {rows.numel()} values are nan or inf")
-    return low.float(), high.float()
+        raise ValueError(f"{bad} of {rows.numel()} values are nan or inf" + " (they are on another rank)" * (bad == 0))
+    return low, high
 
 
 class Observer(nn.Module):
@@ -61,13 +74,15 @@ class Observer(nn.Module):
     reductions: ClassVar[dict[str, str]] = {"min_val": "min", "max_val": "max"}
     min_val: Tensor
     max_val: Tensor
+    # if set, `update` takes in the batches of all ranks at once; every rank must then call it equally often
+    reduce: Reduce | None = None
 
     def __init__(self, spec: QuantSpec, groups: int) -> None:
         super().__init__()
         self.spec = spec
         # without groups there is no state, only `measure`
-        self.register_buffer("min_val", torch.full((groups,), torch.inf), persistent=groups > 0)
-        self.register_buffer("max_val", torch.full((groups,), -torch.inf), persistent=groups > 0)
+        self.register_buffer("min_val", torch.full((groups,), torch.inf, dtype=torch.float32), persistent=groups > 0)
+        self.register_buffer("max_val", torch.full((groups,), -torch.inf, dtype=torch.float32), persistent=groups > 0)
 
     @property
     def has_data(self) -> bool:
@@ -78,10 +93,17 @@ class Observer(nn.Module):
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
 
+    def reset_parameters(self) -> None:
+        """Called by Lightning when buffers that were on the meta device become real."""
+        self.reset()
+
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
         """Take in `[groups, elements]`. Raises ValueError if any value is nan or inf."""
-        low, high = _finite_range(rows)
+        self._take(*_finite_range(rows, self.reduce))
+
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        """Take in a batch's range."""
         self.min_val.copy_(torch.minimum(self.min_val, low))
         self.max_val.copy_(torch.maximum(self.max_val, high))
 
@@ -105,8 +127,8 @@ class Observer(nn.Module):
             self.reset()
 
     @torch.no_grad()
-    def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
-        """Merge the state of all ranks; `reduce(tensor, op)` works in place, op is one of min, max, sum."""
+    def all_reduce(self, reduce: Reduce) -> None:
+        """Merge the state of all ranks, who took in batches of their own."""
         for name, op in self.reductions.items():
             reduce(getattr(self, name), op)
 
@@ -132,13 +154,13 @@ class MovingAverageObserver(Observer):
             raise ValueError(f"moving_average momentum={momentum}: must be in (0, 1]")
         self.momentum = momentum
 
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        for average, value in zip((self.min_val, self.max_val), _finite_range(rows), strict=True):
-            average.copy_(torch.where(average.isinf(), value, average + self.momentum * (value - average)))
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        for average, value in ((self.min_val, low), (self.max_val, high)):
+            moved = torch.where(average.isinf(), value, average + self.momentum * (value - average))
+            average.copy_(torch.where(value.isinf(), average, moved))  # a batch without values changes nothing
 
     @torch.no_grad()
-    def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+    def all_reduce(self, reduce: Reduce) -> None:
         seen = (self.min_val <= self.max_val).to(self.min_val.dtype)  # a rank without data has no say
         ranks = seen.clone()
         reduce(ranks, "sum")
@@ -190,15 +212,19 @@ class HistogramObserver(Observer):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        super().update(rows)
+        low, high = _finite_range(rows, self.reduce)
+        self._take(low, high)
         rows = rows.float()
-        largest = rows.abs().amax(dim=1)
+        largest = torch.where(low <= high, torch.maximum(low.abs(), high.abs()), 0.0)
         # frexp: largest < 2^exponent
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent, self.MIN_EXPONENT)
         self._widen(exponent.to(torch.int32).clamp(min=self.MIN_EXPONENT))
         index = torch.floor(rows / self._width()).long() + self.BINS // 2
         index += torch.arange(rows.shape[0], device=rows.device)[:, None] * self.BINS
-        self.counts += torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+        counts = torch.bincount(index.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+        if self.reduce is not None:
+            self.reduce(counts, "sum")
+        self.counts += counts
 
     def range(self) -> Range:
         used = self.counts.any(dim=0)  # most bins of a heavy-tailed tensor are empty
@@ -214,7 +240,7 @@ class HistogramObserver(Observer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def all_reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+    def all_reduce(self, reduce: Reduce) -> None:
         widest = self.exponent.clone()
         reduce(widest, "max")
         self._widen(widest)

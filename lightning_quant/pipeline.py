@@ -10,6 +10,7 @@ from torch import nn
 from lightning_quant.algorithms import get_algorithms
 from lightning_quant.calibration import evaluating, observing
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.fold import eagerly
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe
 from lightning_quant.surgery import apply_plan, convert, fake_modules
@@ -45,6 +46,11 @@ def quantize_model(
     Returns:
         the packed model, a new object.
     """
+    with eagerly():
+        return _quantize(model, recipe, run, example)
+
+
+def _quantize(model: nn.Module, recipe: Recipe, run: Callable[[], None] | None, example: Callable[[], Any] | None) -> nn.Module:
     algorithms = get_algorithms(recipe.algorithms)
     with evaluating(model):
         apply_plan(model, plan_model(model, recipe, example, warn=False), training=False)  # `check` has warned

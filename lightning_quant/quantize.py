@@ -14,12 +14,13 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_quant.calibration import Forward, run_batches
+from lightning_quant.calibration import Forward, has_ranks, run_batches, share_buffers
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.loop import calibration_data, combined, find_step, run_lightning
 from lightning_quant.pipeline import check, quantize_model
 from lightning_quant.recipe import Recipe, as_recipe
 from lightning_quant.report import plan_summary, summary
+from lightning_quant.sharding import is_sharded, plain_copy
 from lightning_quant.spec import PRESETS
 from lightning_quant.surgery import convert, get_info, is_packed, is_prepared
 
@@ -48,7 +49,8 @@ def quantize(
     was trained with `QATCallback` is converted as it is.
 
     Args:
-        module: any `nn.Module`; a `LightningModule` where data comes from dataloaders and steps.
+        module: any `nn.Module`; a `LightningModule` where data comes from dataloaders and steps. If FSDP2 has sharded it, all
+            ranks call this together, and each gets the same whole model.
         recipe: a preset's name, a YAML path, a dict or a Recipe; None for a model trained with `QATCallback`.
         batches: yields what `module.forward` takes: a tensor, a tuple of positional or a mapping of keyword arguments.
         forward: `forward(model, batch)` instead of the module's own step.
@@ -75,6 +77,11 @@ def quantize(
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if is_packed(module):
         raise ValueError("the model is packed already: give the float or the QAT model (a Trainer's own is the one that ran last)")
+    sharded = is_sharded(module)
+    if sharded:
+        module = plain_copy(module)
+        if has_ranks():
+            share_buffers(module)
     if is_prepared(module):
         return _convert_trained(module, recipe, dry_run)
     if recipe is None:
@@ -87,7 +94,7 @@ def quantize(
     if dry_run:
         return plan_summary(module, plan)
     _check_copyable(module)
-    model = copy.deepcopy(module)
+    model = _uncompiled(module if sharded else copy.deepcopy(module))
     with _kept_rng():
         if runner is None:
             return quantize_model(model, recipe)
@@ -97,6 +104,15 @@ def quantize(
             run=lambda: runner(model, calibration_batches),
             example=lambda: runner(model, 1),
         )
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """A copy of a LightningModule that was compiled as a whole still has the original's compiled methods: take them away."""
+    if model.__dict__.get("_compiler_ctx") is not None:
+        model.__dict__["_compiler_ctx"] = None
+        for method in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            model.__dict__.pop(method, None)
+    return model
 
 
 def _check_copyable(module: nn.Module) -> None:
@@ -118,7 +134,7 @@ def _convert_trained(module: nn.Module, recipe: Any, dry_run: bool) -> Any:
         )
     if dry_run:
         return summary(module)
-    converted = convert(module)
+    converted = _uncompiled(convert(module))
     quantizers = [part for part in module.modules() if isinstance(part, FakeQuantize)]
     if not all(part.quantizing for part in quantizers):
         warnings.warn(

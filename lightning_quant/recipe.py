@@ -44,6 +44,8 @@ def as_scheme(value: str | QuantScheme | Mapping[str, Any] | None) -> QuantSchem
 
 
 def _patterns(value: str | Iterable[str], what: str) -> tuple[str, ...]:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"Recipe {what}: {value!r} is no pattern or list of patterns")
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str):

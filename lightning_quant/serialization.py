@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -20,13 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.nn import PackedModule, Unsupported, find_entry
 from lightning_quant.nn.attention import PackedMultiheadAttention, disable_fast_path
-from lightning_quant.nn.base import FORMAT, decode_state
+from lightning_quant.nn.base import EXTRA_STATE, FORMAT, described_modules
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantScheme
 from lightning_quant.surgery import INFO, ModelInfo, get_info, is_packed
 
 CONFIG = "quantization.json"
-_EXTRA = "_extra_state"
 
 
 def _version(package: str) -> str:
@@ -205,18 +203,6 @@ def _tie(model: nn.Module, alias: str, kept: str) -> None:
         model.get_submodule(owner)._parameters[name] = value
 
 
-def described_modules(state: dict[str, Tensor], kind: str) -> dict[str, dict[str, Any]]:
-    """Module name -> what it says of itself, for the `"fake"` or `"packed"` modules in a state_dict."""
-    found = {}
-    for key, value in state.items():
-        if key == _EXTRA or key.endswith("." + _EXTRA):
-            with contextlib.suppress(ValueError, UnicodeDecodeError, AttributeError):  # someone else's extra state
-                told = decode_state(value)
-                if isinstance(told, dict) and told.get("kind") == kind and "scheme" in told:
-                    found[key.removesuffix(_EXTRA).removesuffix(".")] = told
-    return found
-
-
 def _not_the_model(source: str, module: nn.Module, problems: list[str]) -> ValueError:
     told = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
     return ValueError(f"{source} was not made from this {type(module).__name__}: {told}")
@@ -283,7 +269,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], source: str, module: nn.Mo
     problems = [f"it has no {name!r}" for name in state if name not in own]
     problems += [f"the file has no {name!r}" for name in own if name not in state]
     for name, value in own.items():
-        if name in state and not name.endswith(_EXTRA) and value.shape != state[name].shape:
+        if name in state and not name.endswith(EXTRA_STATE) and value.shape != state[name].shape:
             problems.append(f"{name!r} is {tuple(value.shape)}, in the file {tuple(state[name].shape)}")
     if problems:
         raise _not_the_model(source, module, problems)

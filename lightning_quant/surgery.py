@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.fake_quant import METHODS
 from lightning_quant.fold import fold_norm
 from lightning_quant.nn import FakeModule, PackedModule, make_fake
 from lightning_quant.nn.attention import FakeMultiheadAttention, disable_fast_path
-from lightning_quant.nn.base import Setup
+from lightning_quant.nn.base import Setup, described_modules
 from lightning_quant.nn.folding import FoldableModule
 from lightning_quant.plan import Match, Plan, model_bytes, plan_model
 from lightning_quant.recipe import Recipe
+from lightning_quant.sharding import is_sharded
 from lightning_quant.spec import QuantSpec
 
 INFO = "_quantization"
@@ -94,6 +98,8 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: bool = True) -> nn.Module:
     """Do what a plan made for this very model says; see `prepare`."""
+    if is_sharded(model):
+        raise ValueError("the model is sharded already (fully_shard): prepare it before, or copy it with plain_copy")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
     for match in plan.matches if method == "lsq" else ():
@@ -116,11 +122,31 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
             assert isinstance(fake, FoldableModule)
             fake.fold(modules[folds[match.name]], folds[match.name])
         fake.observe_weights()
+        for _, quantizer in fake.quantizers():
+            quantizer.observing = training and quantizer.is_weight
+    if (mesh := getattr(model, "device_mesh", None)) is not None:  # a LightningModule's, under ModelParallelStrategy
+        shard_scales(model, mesh["data_parallel"])
     disable_fast_path(model)
+    model.register_load_state_dict_pre_hook(check_state)
     notes = {match.name: match.note for match in plan.matches if match.note}
     folded = {norm: producer for producer, norm in plan.pairs}
     model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes, float_bytes)
     return model
+
+
+def shard_scales(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Give every learned scale an FSDP2 group of its own: float32 in any precision, where a group has one dtype.
+
+    `prepare` does it for a LightningModule in a Trainer with `ModelParallelStrategy`; elsewhere call it before `fully_shard`.
+
+    Args:
+        model: prepared with `method="lsq"`, not sharded yet.
+        mesh: the one-dimensional mesh that the model will be sharded over.
+    """
+    for fake in fake_modules(model).values():
+        for _, quantizer in fake.quantizers():
+            if quantizer.learned:
+                fully_shard(quantizer, mesh=mesh, reshard_after_forward=False)
 
 
 def prepare(
@@ -131,7 +157,7 @@ def prepare(
     training: bool = True,
     call: Callable[[], Any] | None = None,
 ) -> nn.Module:
-    """Give a float model's modules their quantizers, in place; all flags are off, so it still computes in float.
+    """Give a float model's modules their quantizers, in place; nothing is quantized yet, so it still computes in float.
 
     Modules change their class and keep their identity, names, parameters, hooks and order.
 
@@ -154,6 +180,52 @@ def prepare(
         ('FakeLinear', True)
     """
     return apply_plan(model, plan_model(model, recipe, call), method=method, training=training)
+
+
+def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in told.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
+    return flat
+
+
+def _difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    there, here = ({**_flat(told["scheme"]), **_flat(told["setup"])} for told in (theirs, mine))
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """A hook of prepared models: a state_dict that was made with another recipe is refused before anything is loaded.
+
+    Raises:
+        ValueError: the text shows the difference.
+    """
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if packed := described_modules(state, "packed"):
+        raise ValueError(
+            f"the checkpoint holds packed integers ({', '.join(list(packed)[:3])}), this model is prepared for training: "
+            f"lq.load_from_checkpoint loads it; to train on, take the checkpoint of the training"
+        )
+    found = described_modules(state, "fake")
+    if not found:
+        return  # a float checkpoint
+    modules = model.named_modules(remove_duplicate=False)
+    mine = {name: module._describe() for name, module in modules if isinstance(module, FakeModule)}
+    differences = [f"{name}: {told}" for name in found if name in mine and (told := _difference(found[name], mine[name]))]
+    differences += [f"{name}: quantized there and float here" for name in found if name not in mine]
+    differences += [f"{name}: float there and quantized here" for name in mine if name not in found]
+    if differences:
+        more = f"; and {len(differences) - 5} more modules" if len(differences) > 5 else ""
+        raise ValueError(
+            f"the checkpoint was made with another recipe than this model was prepared with: {'; '.join(differences[:5])}{more}. "
+            f"Use the recipe and method that it was made with, or lq.load_from_checkpoint"
+        )
+
+
+def _is_check(hook: Any) -> bool:
+    return getattr(hook, "hook", None) is check_state
 
 
 def relink_norms(model: nn.Module) -> None:
@@ -214,6 +286,8 @@ def convert(model: nn.Module) -> nn.Module:
     # deepcopy takes what its memo holds, so float weights are never copied
     converted: nn.Module = copy.deepcopy(model, {**built, **replaced})
     disable_fast_path(converted)
+    hooks = converted._load_state_dict_pre_hooks
+    converted._load_state_dict_pre_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_check(hook))
     return converted.eval()
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_quant.checkpoint import restore
 from lightning_quant.quantize import quantize
 from lightning_quant.recipe import Recipe
+from lightning_quant.surgery import is_packed
 
 
 class Trainer(L.Trainer):
@@ -28,6 +33,7 @@ class Trainer(L.Trainer):
         recipe: str | Recipe | dict[str, Any] | None = None,
         calibration_batches: int = 128,
         dry_run: bool = False,
+        ckpt_path: str | os.PathLike[str] | None = None,
     ) -> Any:
         """Quantize and pack a model; see `lightning_quant.quantize`, which does the same with `trainer=` in a plain Trainer.
 
@@ -37,13 +43,22 @@ class Trainer(L.Trainer):
             recipe: for a float model; a model trained with `QATCallback` has its own.
             calibration_batches: how many batches to use at most, on each rank.
             dry_run: return the `Summary` of what would be done, and do nothing.
+            ckpt_path: whose weights to quantize, loaded into a copy of `model`: a float or QAT checkpoint's path, or `"best"` or
+                `"last"` of this Trainer's `ModelCheckpoint`. A QAT checkpoint brings its quantizers, recipe and ranges.
 
         Returns:
             the packed model, a new object in eval mode.
+
+        Raises:
+            MisconfigurationException: no model, or no such checkpoint of this Trainer.
+            FileNotFoundError: no file at `ckpt_path`.
+            ValueError: the checkpoint is packed already or another model's; or see `lightning_quant.quantize`.
         """
         model = model if model is not None else self.lightning_module
         if model is None:
             raise MisconfigurationException("trainer.quantize() needs a model: none was given, and none was fitted before")
+        if ckpt_path is not None:
+            model = self._restored(model, ckpt_path)
         return quantize(
             model,
             recipe,
@@ -53,3 +68,38 @@ class Trainer(L.Trainer):
             calibration_batches=calibration_batches,
             dry_run=dry_run,
         )
+
+    def _restored(self, model: L.LightningModule, ckpt_path: str | os.PathLike[str]) -> L.LightningModule:
+        if is_packed(model):
+            raise ValueError("the model is packed already: give the float or the QAT model beside ckpt_path")
+        path = self._path(ckpt_path)
+        restored = restore(model, path)
+        if is_packed(restored):
+            raise ValueError(
+                f"ckpt_path={str(path)!r} holds a packed model, which is quantized already: give a QAT or float checkpoint"
+            )
+        return restored
+
+    def _path(self, ckpt_path: str | os.PathLike[str]) -> str:
+        """Where a checkpoint is; a `"last"` that an earlier process wrote to the same `dirpath` counts."""
+        which = str(ckpt_path)
+        if which not in ("best", "last"):
+            return which
+        found: list[Path] = []
+        for callback in self.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            known = callback.best_model_path if which == "best" else callback.last_model_path
+            found += [Path(known)] if known else []
+            if which == "last" and callback.dirpath:
+                pattern = f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}"
+                found += Path(callback.dirpath).glob(pattern)
+            if found and which == "best":
+                break
+        found = [path for path in found if path.exists()]
+        if not found:
+            raise MisconfigurationException(
+                f"ckpt_path={which!r}: this Trainer's ModelCheckpoint has saved no {which} checkpoint: fit first, set "
+                f"{'monitor' if which == 'best' else 'save_last=True and dirpath'}, or give a path"
+            )
+        return str(max(found, key=lambda path: path.stat().st_mtime))

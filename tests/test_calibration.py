@@ -13,9 +13,9 @@ from lightning_quant.calibration import call_model, evaluating, observing, quant
 from lightning_quant.observers import OBSERVERS
 
 
-def mlp(recipe: lq.Recipe | str = "w8a8") -> nn.Module:
+def mlp(recipe: lq.Recipe | str = "w8a8", training: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return lq.prepare(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), recipe, training=False)
+    return lq.prepare(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), recipe, training=training)
 
 
 def data(count: int = 4) -> list[Tensor]:
@@ -24,12 +24,14 @@ def data(count: int = 4) -> list[Tensor]:
 
 
 def test_flags_switch_without_changing_state() -> None:
-    model = mlp()
+    model = mlp(training=True)
     keys = list(model.state_dict())
     set_flags(model, observing=True, quantizing=True)
     assert all(part.observing and part.quantizing for part in quantizers(model))
     set_flags(model, observing=False)
-    assert all(not part.observing and part.quantizing for part in quantizers(model))
+    assert all(part.observing == part.is_weight and part.quantizing for part in quantizers(model))
+    set_flags(model, following=False, quantizing=False)
+    assert not any(part.observing or part.quantizing for part in quantizers(model))
     assert list(model.state_dict()) == keys
 
 
@@ -65,12 +67,16 @@ def test_call_model_refuses_what_does_not_fit() -> None:
         call_model(mlp(), {"y": torch.zeros(2, 6)})
 
 
-def _calibrate_on_rank(rank: int, folder: str, observer: str) -> None:
+SHARDED = [name for name in OBSERVERS if name != "moving_average"]  # its result depends on the batches' order
+
+
+def _calibrate_on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     batches = data()[rank::2]
-    qmodel = lq.quantize(_net(), lq.Recipe("w8a8", observer=observer), batches)
-    torch.save(qmodel.state_dict(), f"{folder}/{rank}.pt")
-    lq.save_quantized(qmodel, f"{folder}/saved")
+    for observer in SHARDED:
+        qmodel = lq.quantize(_net(), lq.Recipe("w8a8", observer=observer), batches)
+        torch.save(qmodel.state_dict(), f"{folder}/{observer}-{rank}.pt")
+        lq.save_quantized(qmodel, f"{folder}/{observer}")
     dist.destroy_process_group()
 
 
@@ -79,11 +85,18 @@ def _net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
-@pytest.mark.parametrize("observer", [name for name in OBSERVERS if name != "moving_average"])
-def test_ddp_two_processes_calibrate_like_one(tmp_path: Path, observer: str) -> None:
-    mp.spawn(_calibrate_on_rank, args=(str(tmp_path), observer), nprocs=2)
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_calibrate_on_rank, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.xdist_group("ddp-calibration")
+@pytest.mark.parametrize("observer", SHARDED)
+def test_ddp_two_processes_calibrate_like_one(calibrated: Path, observer: str) -> None:
     single = lq.quantize(_net(), lq.Recipe("w8a8", observer=observer), data()).state_dict()
     for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        state = torch.load(calibrated / f"{observer}-{rank}.pt", weights_only=True)
         assert all(torch.equal(value, single[name]) for name, value in state.items())
-    assert torch.equal(lq.load_quantized(_net(), tmp_path / "saved")[0].input_scale, single["0.input_scale"])
+    assert torch.equal(lq.load_quantized(_net(), calibrated / observer)[0].input_scale, single["0.input_scale"])

@@ -19,7 +19,7 @@ ROOT = Path(lightning_quant.__file__).parent
 # from the lowest to the highest; what one pattern matches is one level, and does not import each other
 ORDER = [
     *("spec", "recipe"),
-    *("numerics", "packing"),
+    *("numerics", "packing", "sharding"),
     *("observers", "fake_quant"),
     *("kernels.reference", "kernels.*", "kernels"),
     *("nn.base", "nn.folding", "nn.linear", "nn.conv", "nn.embedding", "nn.rnn", "nn.attention", "nn.transformers_conv1d"),
@@ -27,10 +27,12 @@ ORDER = [
     *("fold", "plan", "surgery", "calibration"),
     *("algorithms.*", "algorithms", "sensitivity", "qlora", "serialization", "export.*", "export", "report", "plots"),
     "pipeline",
-    *("loop", "quantize", "compare", "checkpoint", "callbacks.*", "callbacks", "precision", "trainer"),
+    *("loop", "quantize", "compare", "checkpoint", "companions", "callbacks.*", "callbacks", "precision", "trainer"),
     *("cli", "__main__", ""),
 ]
-MAY_IMPORT_LIGHTNING = ["loop", "quantize", "compare", "checkpoint", "callbacks", "callbacks.*", "precision", "trainer", "cli", ""]
+MAY_IMPORT_LIGHTNING = [
+    *("loop", "quantize", "compare", "checkpoint", "companions", "callbacks", "callbacks.*", "precision", "trainer", "cli", "")
+]
 OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors"}
 
 

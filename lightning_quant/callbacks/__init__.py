@@ -1,5 +1,7 @@
 """Lightning callbacks, one a file."""
 
+from lightning_quant.callbacks.monitor import QuantizationMonitor
 from lightning_quant.callbacks.qat import QATCallback
+from lightning_quant.callbacks.random_state import RandomStateCallback
 
-__all__ = ["QATCallback"]
+__all__ = ["QATCallback", "QuantizationMonitor", "RandomStateCallback"]

@@ -5,19 +5,32 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.calibration import finish_observing, set_flags
+from lightning_quant.calibration import (
+    drop_linked_gradients,
+    finish_observing,
+    has_ranks,
+    link_ranks,
+    measure_weights,
+    quantizers,
+    set_flags,
+    share_buffers,
+    share_norms,
+    share_ranges,
+)
+from lightning_quant.companions import averaged_models, check_callbacks, check_strategy, re_estimates_norms, restart_monitors
 from lightning_quant.fake_quant import METHODS
 from lightning_quant.loop import example_call
 from lightning_quant.nn import FakeModule, lookup
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
+from lightning_quant.sharding import is_sharded
 from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms
 
 When = int | float | None
@@ -48,6 +61,9 @@ class QATCallback(L.Callback):
         quantize_from: when fake quantization starts; before, observers watch the float model.
         freeze_observers_at: when ranges stop moving (learned scales go on learning).
         freeze_bn_at: when BatchNorm statistics stop moving.
+        restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
+            paths of a `ModelCheckpoint(monitor=...)`, start afresh: those of the float model would never be reached again. Files
+            already written stay.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
     `quant/bn_frozen` at each epoch, if the Trainer has a logger.
@@ -69,6 +85,7 @@ class QATCallback(L.Callback):
         quantize_from: int | float = 0,
         freeze_observers_at: int | float | None = None,
         freeze_bn_at: int | float | None = None,
+        restart_monitors: bool = True,
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -85,6 +102,10 @@ class QATCallback(L.Callback):
             raise MisconfigurationException("QATCallback quantize_from=None: then nothing would be quantized; 0 starts at once")
         self.freeze_observers_at = _check_when("freeze_observers_at", freeze_observers_at)
         self.freeze_bn_at = _check_when("freeze_bn_at", freeze_bn_at)
+        self.restart_monitors = restart_monitors
+        self._started = False  # whether fake quantization has started; a resumed run must know
+        self._following = True  # whether ranges of weights still follow the weights
+        self._waits = False  # whether learned scales still wait for their first range
         self._phase: tuple[bool, bool, bool] | None = None
         self._frozen: list[nn.Module] = []
         self._total_steps = 0.0
@@ -92,6 +113,7 @@ class QATCallback(L.Callback):
     # --- preparation ---
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_strategy(trainer, pl_module)
         if is_packed(pl_module):
             return
         if stage == "fit":
@@ -100,8 +122,11 @@ class QATCallback(L.Callback):
             self._check_same(pl_module)
             return
         if stage == "fit":
-            self._check_order(trainer)
-        if is_overridden("configure_model", pl_module):
+            check_callbacks(trainer, self)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            if is_sharded(pl_module) or not any(lookup(type(part)) for part in pl_module.modules()):
+                return  # configure_model makes the layers, prepares and shards them: `_check_prepared` comes after it
+        elif is_overridden("configure_model", pl_module):
             # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
             self._configure(trainer, pl_module)
         plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
@@ -119,13 +144,17 @@ class QATCallback(L.Callback):
                 f"layers can be prepared before checkpoints are restored; there it raised {type(error).__name__}: {error}"
             ) from error
 
-    def _check_order(self, trainer: L.Trainer) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks[: callbacks.index(self) if self in callbacks else 0]:
-            if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
-                raise MisconfigurationException(
-                    f"{type(other).__name__} copies the model in setup and must find it prepared: list QATCallback before it"
-                )
+    def _check_prepared(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """After a configure_model that this callback has left to Lightning."""
+        if not isinstance(trainer.strategy, ModelParallelStrategy) or is_packed(module):
+            return
+        if not is_prepared(module):
+            raise MisconfigurationException(
+                f"{type(module).__name__}.configure_model has made layers without quantizers. Make them in __init__, "
+                f"where QATCallback finds them, or call lq.prepare(self, recipe, method={self.method!r}) in configure_model, "
+                f"after the layers are made and before fully_shard"
+            )
+        self._check_same(module)
 
     def _check_observed(self, plan: Plan) -> None:
         """A range that is frozen before it was ever observed would stop the training at its first batch."""
@@ -162,14 +191,28 @@ class QATCallback(L.Callback):
 
     def _apply(self, trainer: L.Trainer, module: L.LightningModule, *, force: bool = False) -> None:
         """Bring the flags to where the training is; the whole schedule is derived anew, so any resume is right."""
+        if self._waits:
+            finish_observing(module)
+            self._waits = any(quantizer.waits for quantizer in quantizers(module))
         quantizing = self._reached(self.quantize_from, trainer)
         observing = not self._reached(self.freeze_observers_at, trainer)
-        frozen = self._reached(self.freeze_bn_at, trainer)
+        frozen = self._reached(self.freeze_bn_at, trainer) and not re_estimates_norms(trainer)
         if not force and (quantizing, observing, frozen) == self._phase:
             return
         self._phase = (quantizing, observing, frozen)
+        self._following = observing
         finish_observing(module)
-        set_flags(module, observing=observing, quantizing=quantizing)
+        averages = averaged_models(trainer)
+        for model in (module, *averages):
+            set_flags(model, following=observing, quantizing=quantizing)
+        set_flags(module, observing=observing)
+        starts, self._started = quantizing and not self._started, quantizing
+        if starts:
+            share_ranges(module, averages)
+            if self.restart_monitors:
+                restart_monitors(trainer)
+        if not frozen:
+            self._thaw()
         if frozen:
             for part in module.modules():
                 if isinstance(part, _BatchNorm) and part.training:
@@ -179,9 +222,11 @@ class QATCallback(L.Callback):
     def _pause(self, module: L.LightningModule) -> None:
         """Observers off: what runs next is no training batch."""
         finish_observing(module)
+        measure_weights(module)
         set_flags(module, observing=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_prepared(trainer, pl_module)
         self._list_late(pl_module)
 
     def _list_late(self, module: L.LightningModule) -> None:
@@ -201,7 +246,9 @@ class QATCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         relink_norms(pl_module)
+        link_ranks(pl_module, has_ranks())
         self._frozen = []
+        self._waits = is_sharded(pl_module)
         self._total_steps = _total_steps(trainer)
         self._apply(trainer, pl_module, force=True)
 
@@ -210,41 +257,75 @@ class QATCallback(L.Callback):
         assert self._phase is not None
         names = ("quantizing", "observing", "bn_frozen")
         values = {f"quant/{name}": float(value) for name, value in zip(names, self._phase, strict=True)}
-        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self._apply(trainer, pl_module)  # also after a validation inside the epoch
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            share_norms(pl_module)  # DDP does; quantized weights depend on them, and checkpoints hold one rank's
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_prepared(trainer, pl_module)
         self._pause(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._phase = None  # modules are still in eval here: the next training batch brings flags and BatchNorms back
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_prepared(trainer, pl_module)
         self._pause(pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check_prepared(trainer, pl_module)
         self._pause(pl_module)
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if self._phase is not None and not self._phase[0]:
+            drop_linked_gradients(pl_module)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause(pl_module)
+        if has_ranks():
+            share_buffers(pl_module)
         self._leave(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        set_flags(pl_module, observing=False)
         self._leave(pl_module)
 
     def _leave(self, module: L.LightningModule) -> None:
-        self._pause(module)
+        link_ranks(module, False)
+        self._thaw()
+        self._phase = None
+
+    def _thaw(self) -> None:
+        """Lightning keeps the modes it finds: a second fit would start frozen."""
         for part in self._frozen:
-            part.train()  # Lightning keeps the modes it finds: a second fit would start frozen
-        self._frozen, self._phase = [], None
+            part.train()
+        self._frozen = []
 
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
         """What the run was made with: primitives only, for `weights_only` loading."""
         times = {name: getattr(self, name) for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at")}
-        return {"recipe": self.recipe.to_dict(), "method": self.method, **times}
+        flags = {"started": self._started, "following": self._following}
+        return {"recipe": self.recipe.to_dict(), "method": self.method, **flags, **times}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """`ModelParallelStrategy` reads no extra state from a single file, which is where modules keep their flags."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None or not isinstance(trainer.strategy, ModelParallelStrategy):
+            return
+        for quantizer in quantizers(pl_module):
+            quantizer.quantizing = state.get("started", False)
+            if quantizer.is_weight:
+                quantizer.observing = state.get("following", True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._started = state_dict["started"]
 
 
 def _total_steps(trainer: L.Trainer) -> float:

@@ -6,10 +6,11 @@ describe themselves in their state_dict (`_extra_state`: JSON as bytes, which ev
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -23,9 +24,11 @@ from lightning_quant.kernels import dequantize as dequantize_op
 from lightning_quant.kernels.reference import quantize_input
 from lightning_quant.numerics import qparams_shape, quantize
 from lightning_quant.packing import pack, pack_zero_point, packed_words
+from lightning_quant.sharding import whole_parameters
 from lightning_quant.spec import QuantScheme, QuantSpec
 
 FORMAT = 1
+EXTRA_STATE = "_extra_state"
 _STATE = ("_parameters", "_buffers", "_modules")
 
 P = TypeVar("P", bound="PackedModule")
@@ -61,6 +64,18 @@ def decode_state(state: Tensor) -> dict[str, Any]:
     return json.loads(bytes(state.cpu().tolist()).decode())
 
 
+def described_modules(state: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """Module name -> what it says of itself, for the `"fake"` or `"packed"` modules in a state_dict."""
+    found = {}
+    for key, value in state.items():
+        if key == EXTRA_STATE or key.endswith("." + EXTRA_STATE):
+            with contextlib.suppress(ValueError, UnicodeDecodeError, AttributeError):  # someone else's extra state
+                told = decode_state(value)
+                if isinstance(told, dict) and told.get("kind") == kind and "scheme" in told:
+                    found[key.removesuffix(EXTRA_STATE).removesuffix(".")] = told
+    return found
+
+
 def without_input(scheme: QuantScheme) -> tuple[QuantScheme, str]:
     """The scheme for modules whose input are indices."""
     return replace(scheme, input=None), "input: indices, not quantized" if scheme.input else ""
@@ -90,6 +105,8 @@ class QuantizedModule(nn.Module):
         return encode_state(self._describe())
 
     def set_extra_state(self, state: Tensor) -> None:
+        if not isinstance(state, Tensor):
+            return  # a placeholder, by which torch.distributed.checkpoint loads a part of a state_dict
         found = decode_state(state)
         if found["format"] > FORMAT:
             raise ValueError(f"saved by a newer lightning_quant (format {found['format']}, this one reads {FORMAT}): upgrade it")
@@ -171,7 +188,7 @@ class FakeModule(QuantizedModule):
 
     def fake_weight(self, name: str = "weight") -> Tensor:
         quantizer, weight = getattr(self, f"{name}_fake_quant"), self.effective_weight(name)
-        if not quantizer.has_range and quantizer.quantizing:
+        if quantizer.quantizing and not quantizer.has_range:
             quantizer.observe(weight)  # a float checkpoint was loaded: the weight itself is all it takes
         return quantizer(weight)
 
@@ -187,11 +204,22 @@ class FakeModule(QuantizedModule):
             if isinstance(child, FakeQuantize):
                 yield name.removesuffix("_fake_quant"), child
 
-    @torch.no_grad()
     def observe_weights(self) -> None:
         """Find the ranges of the weights as they are now."""
         for name in self.weight_axes(self):
-            if not self.get_weight(name).is_meta:
+            self._observe_weight(name)
+
+    def follow_weights(self) -> None:
+        """Find the ranges of the weights as they are now, but for those that are frozen or learning already."""
+        for name in self.weight_axes(self):
+            quantizer = getattr(self, f"{name}_fake_quant")
+            if not quantizer.has_range or (quantizer.observing and not (quantizer.learned and quantizer.quantizing)):
+                self._observe_weight(name)
+
+    @torch.no_grad()
+    def _observe_weight(self, name: str) -> None:
+        if not self.get_weight(name).is_meta:
+            with whole_parameters(self, *self.folded_norm):
                 getattr(self, f"{name}_fake_quant").observe(self.effective_weight(name))
 
     def to_packed(self, built: dict[int, nn.Module] | None = None) -> PackedModule:
@@ -204,9 +232,12 @@ class FakeModule(QuantizedModule):
         with torch.no_grad():
             for name, axis in self.weight_axes(self).items():
                 quantizer = getattr(self, f"{name}_fake_quant")
-                if not quantizer.has_range:
-                    quantizer.observe(self.effective_weight(name))
-                scale, zero_point = quantizer.qparams()
+                if quantizer.observing and not quantizer.learned:
+                    scale, zero_point = quantizer.measure(self.effective_weight(name))  # as the next forward pass would
+                else:
+                    if not quantizer.has_range:
+                        quantizer.observe(self.effective_weight(name))
+                    scale, zero_point = quantizer.qparams()
                 packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
                 getattr(packed, f"{name}_scale").copy_(self.packed_scale(name, scale))
             for name in (*self.input_names, "output"):
@@ -221,15 +252,20 @@ class FakeModule(QuantizedModule):
         packed.copy_float(self)
 
     def _describe(self) -> dict[str, Any]:
-        quantizing = all(quantizer.quantizing for _, quantizer in self.quantizers())
-        return {**super()._describe(), "quantizing": quantizing, "setup": self.setup.to_dict()}
+        flags = {  # 0 or 1: a distributed checkpoint loads only into a tensor of the same length
+            "quantizing": int(all(quantizer.quantizing for _, quantizer in self.quantizers())),
+            "frozen": int(not all(quantizer.observing for _, quantizer in self.quantizers() if quantizer.is_weight)),
+        }
+        return {**super()._describe(), **flags, "setup": self.setup.to_dict()}
 
     def _where(self) -> str:
         return f", {self.setup.name!r}," if self.setup.name else ""
 
     def _restore(self, found: dict[str, Any]) -> None:
         for _, quantizer in self.quantizers():
-            quantizer.quantizing = found["quantizing"]
+            quantizer.quantizing = bool(found["quantizing"])
+            if quantizer.is_weight:
+                quantizer.observing = not found["frozen"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -238,6 +274,7 @@ class FakeModule(QuantizedModule):
             missing_keys.remove(f"{prefix}_extra_state")
             for _, quantizer in self.quantizers():
                 quantizer.quantizing = False
+                quantizer.observing = quantizer.is_weight
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -354,7 +391,13 @@ class PackedModule(QuantizedModule):
         getattr(self, f"{name}_zero_point").copy_(zero_point)
 
     def packed_weight(self, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
-        return getattr(self, f"{name}_packed"), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point", None)
+        scale = getattr(self, f"{name}_scale")
+        if scale.dtype != torch.float32:  # `_apply` keeps it so
+            raise RuntimeError(
+                f"{name}_scale is gathered in {scale.dtype}, which changes the weights: give fully_shard a MixedPrecisionPolicy "
+                f"without param_dtype, or ignored_params={{p for p in module.parameters() if not p.requires_grad}}"
+            )
+        return getattr(self, f"{name}_packed"), scale, getattr(self, f"{name}_zero_point", None)
 
     def dequantized_weight(self, name: str = "weight") -> Tensor:
         """The weight in float32 and its own shape."""

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.nn.base import FakeModule, PackedModule
 from lightning_quant.numerics import MIN_SCALE
+from lightning_quant.sharding import whole
 
 # a scale below this counts as 0: its channel is constant
 TINY_SCALE = 1e-8
@@ -30,7 +31,7 @@ def norm_scale(norm: _BatchNorm) -> Tensor:
     """
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var.detach().float() + norm.eps)
-    return scale if norm.weight is None else scale * norm.weight.detach().float()
+    return scale if norm.weight is None else scale * whole(norm.weight).detach().float()
 
 
 def fold_bias(norm: _BatchNorm, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,84 @@
+"""What QAT must know of a Trainer's other callbacks and of its strategy."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_quant.surgery import is_packed, is_prepared
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+# --- callbacks ------------------------------------------------------------------------------------------------------
+
+
+def check_callbacks(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Raises MisconfigurationException for a callback listed in front of QATCallback that must find the model prepared."""
+    callbacks = _callbacks(trainer)
+    for other in callbacks[: callbacks.index(callback) if callback in callbacks else 0]:
+        if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
+            raise MisconfigurationException(
+                f"{type(other).__name__} copies the model in setup and must find it prepared: list QATCallback before it"
+            )
+
+
+def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
+    """The averaged copies of the model that callbacks keep."""
+    models: list[nn.Module] = []
+    for other in _callbacks(trainer):
+        if isinstance(other, (WeightAveraging, StochasticWeightAveraging)) and other._average_model is not None:
+            models.append(other._average_model)
+    return models
+
+
+def re_estimates_norms(trainer: L.Trainer) -> bool:
+    """Whether this epoch is the one in which StochasticWeightAveraging finds the BatchNorm statistics of the average."""
+    swa = [other for other in _callbacks(trainer) if isinstance(other, StochasticWeightAveraging)]
+    return any(hasattr(other, "_max_epochs") and trainer.current_epoch > other.swa_end for other in swa)
+
+
+def restart_monitors(trainer: L.Trainer) -> None:
+    """Forget what EarlyStopping and ModelCheckpoint know of the float model's scores; files stay."""
+    restarted = []
+    for other in _callbacks(trainer):
+        worst = torch.tensor(torch.inf)
+        if isinstance(other, EarlyStopping) and other.best_score.isfinite():
+            other.wait_count = 0
+            other.best_score = worst if other.monitor_op is torch.lt else -worst
+            restarted.append(f"EarlyStopping({other.monitor!r})")
+        elif isinstance(other, ModelCheckpoint) and other.monitor is not None and other.best_k_models:
+            other.best_k_models = {}
+            other.best_model_score = other.current_score = None
+            other.best_model_path = other.kth_best_model_path = ""
+            other.kth_value = worst if other.mode == "min" else -worst
+            restarted.append(f"ModelCheckpoint({other.monitor!r})")
+    if restarted:
+        rank_zero_info(f"QATCallback: fake quantization starts, and {', '.join(restarted)} start afresh")
+
+
+# --- strategies -----------------------------------------------------------------------------------------------------
+
+
+def check_strategy(trainer: L.Trainer, module: nn.Module) -> None:
+    """Raises MisconfigurationException for a strategy under which the training would go wrong, and names one that works."""
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        what = "packed integers" if is_packed(module) else "modules with quantizers"
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} flattens or partitions parameters, which {what} do not survive: use "
+            f"ModelParallelStrategy (FSDP2) or strategy='ddp'"
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher) and not (is_prepared(module) or is_packed(module)):
+        raise MisconfigurationException(
+            f"{strategy.launcher._start_method!r} processes give back weights only, and the quantizers made in them would be lost: "
+            f"use strategy='ddp', or prepare the model in the main process with lq.prepare(model, recipe, method=...)"
+        )
