@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_quant.kernels import KERNELS
-from lightning_quant.nn.base import FakeModule
+from lightning_quant.nn.fake import FakeModule
 from lightning_quant.numerics import quantize
 from lightning_quant.packing import pack, unpack
 from lightning_quant.spec import PRESETS

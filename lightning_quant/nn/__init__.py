@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_quant.nn import attention, conv, embedding, linear, rnn
-from lightning_quant.nn.base import FakeModule, PackedModule, Unsupported, fake_subclass
+from lightning_quant.nn.base import Unsupported
+from lightning_quant.nn.fake import FakeModule, fake_subclass
+from lightning_quant.nn.packed import PackedModule
 
 
 @dataclass(frozen=True)

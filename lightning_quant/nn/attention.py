@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.nn.base import FakeModule, PackedModule, QuantizedModule
+from lightning_quant.nn.base import QuantizedModule
+from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.linear import PackedLinear
+from lightning_quant.nn.packed import PackedModule
 from lightning_quant.spec import QuantScheme
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")

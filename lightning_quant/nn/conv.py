@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_quant.kernels import conv
-from lightning_quant.nn.base import PackedModule
 from lightning_quant.nn.folding import FoldableModule
+from lightning_quant.nn.packed import PackedModule
 
 
 class PackedConv(PackedModule, _ConvNd):

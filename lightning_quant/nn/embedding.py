@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.kernels import embedding
-from lightning_quant.nn.base import FakeModule, PackedModule, Unsupported, without_input
+from lightning_quant.nn.base import Unsupported, without_input
+from lightning_quant.nn.fake import FakeModule
+from lightning_quant.nn.packed import PackedModule
 from lightning_quant.spec import QuantScheme
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.fake_quant import FakeQuantize
-from lightning_quant.nn.base import FakeModule, PackedModule
+from lightning_quant.nn.fake import FakeModule
+from lightning_quant.nn.packed import PackedModule
 from lightning_quant.numerics import MIN_SCALE
 from lightning_quant.sharding import whole
 

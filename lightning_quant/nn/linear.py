@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.kernels import linear
-from lightning_quant.nn.base import PackedModule
 from lightning_quant.nn.folding import FoldableModule
+from lightning_quant.nn.packed import PackedModule
 
 
 class PackedLinear(PackedModule, nn.Linear):

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_quant.fake_quant import dynamic_fake_quantize
 from lightning_quant.kernels import linear
-from lightning_quant.nn.base import FakeModule, PackedModule
+from lightning_quant.nn.fake import FakeModule
+from lightning_quant.nn.packed import PackedModule
 from lightning_quant.spec import QuantScheme, QuantSpec
 
 # (weight's name, input, bias) -> output: one of a recurrent layer's matrix products

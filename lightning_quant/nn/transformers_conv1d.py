@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_quant.kernels import linear
-from lightning_quant.nn.base import FakeModule, PackedModule
+from lightning_quant.nn.fake import FakeModule
+from lightning_quant.nn.packed import PackedModule
 
 
 class PackedConv1D(PackedModule, Conv1D):

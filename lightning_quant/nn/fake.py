@@ -1,0 +1,184 @@
+"""Fake modules: the float module with another class and quantizers added, for training and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.nn.base import QuantizedModule, Setup
+from lightning_quant.nn.packed import PackedModule
+from lightning_quant.sharding import whole_parameters
+
+
+class FakeModule(QuantizedModule):
+    """A float module with quantizers: `<weight>_fake_quant`, `input_fake_quant` and `output_fake_quant` (None: float)."""
+
+    kind = "fake"
+    packed_type: ClassVar[type[PackedModule]]
+    input_names: ClassVar[tuple[str, ...]] = ("input",)
+    # the BatchNorm folded into this module, in a list: owned elsewhere, not a submodule here
+    folded_norm: list[nn.Module]
+    setup: Setup
+
+    def attach(self, setup: Setup) -> None:
+        """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
+        self.setup, self.scheme, self.folded_norm = setup, setup.scheme, []
+        assert setup.scheme.weight is not None
+        learned = setup.method == "lsq"
+        device = next(iter(self.parameters())).device
+        for name, axis in self.weight_axes(self).items():
+            quantizer = FakeQuantize(
+                setup.scheme.weight,
+                self.get_weight(name).shape,
+                axis=axis,
+                name=f"{setup.name}.{name}",
+                observer=setup.weight_observer,
+                observer_options=setup.weight_observer_options,
+                learned=learned,
+                device=device,
+            )
+            self.add_module(f"{name}_fake_quant", quantizer)
+        activations = [(name, setup.scheme.input) for name in self.input_names] + [("output", setup.scheme.output)]
+        for name, spec in activations:
+            if spec is None:
+                self.register_module(f"{name}_fake_quant", None)
+                continue
+            quantizer = FakeQuantize(
+                spec,
+                axis=self.input_axis,
+                name=f"{setup.name}.{name}",
+                observer=setup.observer,
+                observer_options=setup.observer_options,
+                learned=learned,
+                device=device,
+            )
+            self.add_module(f"{name}_fake_quant", quantizer)
+
+    def get_weight(self, name: str) -> Tensor:
+        """The float weight of that name, before any fold."""
+        return getattr(self, name)
+
+    def effective_weight(self, name: str, exact: bool = False) -> Tensor:
+        """The float weight that is quantized: with its BatchNorm folded in, if it has one.
+
+        Args:
+            exact: fold channels of scale 0 too; in training they keep their weight, so that they can come back.
+        """
+        return self.get_weight(name)
+
+    def packed_scale(self, name: str, scale: Tensor) -> Tensor:
+        """The scale that the packed module keeps, from the one that made the codes."""
+        return scale
+
+    def fake_weight(self, name: str = "weight") -> Tensor:
+        quantizer, weight = getattr(self, f"{name}_fake_quant"), self.effective_weight(name)
+        if quantizer.quantizing and not quantizer.has_range:
+            quantizer.observe(weight)  # a float checkpoint was loaded: the weight itself is all it takes
+        return quantizer(weight)
+
+    def fake_input(self, x: Tensor, name: str = "input") -> Tensor:
+        quantizer = getattr(self, f"{name}_fake_quant")
+        return x if quantizer is None else quantizer(x)
+
+    def fake_output(self, x: Tensor) -> Tensor:
+        return self.fake_input(x, "output")
+
+    def quantizers(self) -> Iterator[tuple[str, FakeQuantize]]:
+        for name, child in self.named_children():
+            if isinstance(child, FakeQuantize):
+                yield name.removesuffix("_fake_quant"), child
+
+    def observe_weights(self) -> None:
+        """Find the ranges of the weights as they are now."""
+        for name in self.weight_axes(self):
+            self._observe_weight(name)
+
+    def follow_weights(self) -> None:
+        """Find the ranges of the weights as they are now, but for those that are frozen or learning already."""
+        for name in self.weight_axes(self):
+            quantizer = getattr(self, f"{name}_fake_quant")
+            if not quantizer.has_range or (quantizer.observing and not (quantizer.learned and quantizer.quantizing)):
+                self._observe_weight(name)
+
+    @torch.no_grad()
+    def _observe_weight(self, name: str) -> None:
+        if not self.get_weight(name).is_meta:
+            with whole_parameters(self, *self.folded_norm):
+                getattr(self, f"{name}_fake_quant").observe(self.effective_weight(name))
+
+    def to_packed(self, built: dict[int, nn.Module] | None = None) -> PackedModule:
+        """The packed module that computes what this one does in eval. Raises RuntimeError naming a tensor without a range.
+
+        Args:
+            built: packed replacements of submodules, by the id of the fake one.
+        """
+        packed = self.packed_type.empty(self, self.scheme)
+        with torch.no_grad():
+            for name, axis in self.weight_axes(self).items():
+                quantizer = getattr(self, f"{name}_fake_quant")
+                if quantizer.observing and not quantizer.learned:
+                    scale, zero_point = quantizer.measure(self.effective_weight(name))  # as the next forward pass would
+                else:
+                    if not quantizer.has_range:
+                        quantizer.observe(self.effective_weight(name))
+                    scale, zero_point = quantizer.qparams()
+                packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
+                getattr(packed, f"{name}_scale").copy_(self.packed_scale(name, scale))
+            for name in (*self.input_names, "output"):
+                quantizer = getattr(self, f"{name}_fake_quant")
+                if quantizer is not None and not quantizer.spec.dynamic:
+                    packed.put_activation(name, *quantizer.qparams())
+            self._fill(packed)
+        return packed
+
+    def _fill(self, packed: PackedModule) -> None:
+        """Copy the float tensors that the packed module keeps."""
+        packed.copy_float(self)
+
+    def _describe(self) -> dict[str, Any]:
+        flags = {  # 0 or 1: a distributed checkpoint loads only into a tensor of the same length
+            "quantizing": int(all(quantizer.quantizing for _, quantizer in self.quantizers())),
+            "frozen": int(not all(quantizer.observing for _, quantizer in self.quantizers() if quantizer.is_weight)),
+        }
+        return {**super()._describe(), **flags, "setup": self.setup.to_dict()}
+
+    def _where(self) -> str:
+        return f", {self.setup.name!r}," if self.setup.name else ""
+
+    def _restore(self, found: dict[str, Any]) -> None:
+        for _, quantizer in self.quantizers():
+            quantizer.quantizing = bool(found["quantizing"])
+            if quantizer.is_weight:
+                quantizer.observing = not found["frozen"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys = args[2]
+        if f"{prefix}_extra_state" in missing_keys:  # a float checkpoint: its quantizers start afresh
+            missing_keys.remove(f"{prefix}_extra_state")
+            for _, quantizer in self.quantizers():
+                quantizer.quantizing = False
+                quantizer.observing = quantizer.is_weight
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if "_float_type" not in type(self).__dict__:
+            return reduced
+        base, user = type(self).__bases__
+        return (_new_subclass, (base, user), *reduced[2:])
+
+
+@cache
+def fake_subclass(fake: type, user: type) -> type:
+    """A fake class that is also the user's own subclass of a float module, so `isinstance` and its methods stay."""
+    return type(f"Fake{user.__name__}", (fake, user), {"_float_type": user, "__module__": fake.__module__})
+
+
+def _new_subclass(fake: type, user: type) -> Any:
+    cls: Any = fake_subclass(fake, user)
+    return cls.__new__(cls)
