@@ -19,6 +19,11 @@ from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.sharding import reshard
 from lightning_quant.surgery import fake_modules
 
+
+class Enough(Exception):
+    """Ends a calibration batch, all that was wanted of it having been seen."""
+
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -158,6 +163,17 @@ def share_ranges(model: nn.Module, others: Iterable[nn.Module]) -> None:
             theirs.load_state_dict(mine.state_dict())
 
 
+@torch.no_grad()
+def follow_ranges(model: nn.Module, averages: Iterable[nn.Module]) -> None:
+    """Give averaged copies the ranges that were observed: an average of zero points, or of histograms, is none."""
+    for other in averages:
+        for mine, theirs in zip(quantizers(model), quantizers(other), strict=True):
+            if not mine.spec.dynamic and not (theirs.scale != 0).all():  # a learned scale of which no average was taken yet
+                theirs.load_state_dict(mine.state_dict())
+            for buffer, value in zip(theirs.buffers(), mine.buffers(), strict=True):
+                buffer.copy_(value)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, restored afterwards, and no gradients."""
@@ -219,7 +235,8 @@ def run_batches(model: nn.Module, batches: Iterable[Any], limit: int, forward: F
     """Run up to `limit` batches; returns how many there were. Raises ValueError if there was none."""
     count = 0
     for batch in itertools.islice(iter(batches), limit):
-        (forward or call_model)(model, to_device(batch, model))
+        with contextlib.suppress(Enough):
+            (forward or call_model)(model, to_device(batch, model))
         count += 1
     if not count:
         raise ValueError("calibration got no batch: the data is empty, or was used up by an earlier pass over an iterator")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_quant.fitting import INFO, check_state
 from lightning_quant.nn import FakeModule, find_entry, make_fake
 from lightning_quant.nn.attention import disable_fast_path
 from lightning_quant.nn.base import Setup, described_modules
@@ -22,7 +23,7 @@ from lightning_quant.plan import model_bytes
 from lightning_quant.recipe import Recipe
 from lightning_quant.serialization import build_packed, load_quantized
 from lightning_quant.spec import QuantScheme
-from lightning_quant.surgery import INFO, ModelInfo, check_state, is_prepared
+from lightning_quant.surgery import ModelInfo, is_prepared
 
 M = TypeVar("M", bound=L.LightningModule)
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
@@ -27,7 +33,8 @@ def check_callbacks(trainer: L.Trainer, callback: L.Callback) -> None:
     for other in callbacks[: callbacks.index(callback) if callback in callbacks else 0]:
         if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
             raise MisconfigurationException(
-                f"{type(other).__name__} copies the model in setup and must find it prepared: list QATCallback before it"
+                f"{type(other).__name__} copies the model in setup and must find it prepared: list QATCallback before it, in "
+                f"Trainer(callbacks=...) (those of configure_callbacks come last)"
             )
 
 
@@ -61,8 +68,39 @@ def restart_monitors(trainer: L.Trainer) -> None:
             other.best_model_path = other.kth_best_model_path = ""
             other.kth_value = worst if other.mode == "min" else -worst
             restarted.append(f"ModelCheckpoint({other.monitor!r})")
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config.scheduler._reset()
+            restarted.append("ReduceLROnPlateau")
     if restarted:
         rank_zero_info(f"QATCallback: fake quantization starts, and {', '.join(restarted)} start afresh")
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+def _counts_steps(trainer: L.Trainer) -> bool:
+    """Whether progress counts optimizer steps: not where nobody knows how many there will be."""
+    if trainer.max_steps > 0:
+        return True
+    changes = any(isinstance(other, GradientAccumulationScheduler) for other in trainer.callbacks)  # type: ignore[attr-defined]
+    return trainer.lightning_module.automatic_optimization and not changes
+
+
+def total_steps(trainer: L.Trainer) -> float:
+    """Optimizer steps in the whole training; batches under manual optimization, where a batch may step any number of times."""
+    if _counts_steps(trainer):
+        return float(trainer.estimated_stepping_batches)
+    return float(trainer.num_training_batches * (trainer.max_epochs or 1))
+
+
+def progress(trainer: L.Trainer, total: float) -> float:
+    """How much of the training is done, 0 to 1; by whole epochs if their length is unknown."""
+    if not 0 < total < float("inf"):
+        return trainer.current_epoch / max(trainer.max_epochs or 1, 1)
+    if _counts_steps(trainer):
+        return trainer.global_step / total
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed / total
 
 
 # --- strategies -----------------------------------------------------------------------------------------------------

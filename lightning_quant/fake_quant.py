@@ -242,6 +242,8 @@ class FakeQuantize(nn.Module):
             return x
         if self._stale:
             self.update_qparams()
+        if not (self.has_range or self.is_weight or self.training):
+            return x  # no training batch has reached it yet, as in a part that only evaluation runs
         self.require_range()
         if self.learned:
             elements = x[0].numel() if not self.is_weight and x.dim() > 1 else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -17,6 +19,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from lightning_quant.calibration import Forward, to_device
@@ -255,10 +259,29 @@ def example_call(trainer: L.Trainer, module: L.LightningModule, stage: str) -> C
             module.__class__ = cls
 
     def run() -> Any:
-        with _undone(module), torch.random.fork_rng(devices=[]):
-            return forward() if module.example_input_array is not None else step()
+        loggers, states = trainer.loggers, (random.getstate(), np.random.get_state())
+        trainer.loggers = [DummyLogger()] if loggers else []
+        try:
+            with _undone(module), torch.random.fork_rng(devices=[]):
+                return forward() if module.example_input_array is not None else step()
+        finally:
+            trainer.loggers = loggers
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
     return run
+
+
+def _first(loader: Any) -> Any:
+    """A loader's batch of the dataset's first samples, without a draw from its sampler, generator or workers."""
+    if not isinstance(loader, DataLoader):
+        return next(iter(loader))
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError("the data is a stream, whose first batch might be lost")
+    if loader.batch_size is None and loader.batch_sampler is None:
+        return loader.collate_fn(loader.dataset[0])
+    count = min(getattr(loader.batch_sampler, "batch_size", 2), len(loader.dataset))  # type: ignore[arg-type]
+    return loader.collate_fn([loader.dataset[index] for index in range(count)])
 
 
 def _first_batch(trainer: L.Trainer, module: L.LightningModule, stage: str) -> tuple[str, Any]:
@@ -279,6 +302,9 @@ def _first_batch(trainer: L.Trainer, module: L.LightningModule, stage: str) -> t
         loaders = CombinedLoader(loaders, "max_size_cycle" if name == "training_step" else "sequential")
     if any(isinstance(loader, Iterator) for loader in loaders.flattened):
         raise ValueError("the data is an iterator, whose first batch would be lost")
-    batch, _, _ = next(iter(loaders))
+    batch = tree_map(_first, loaders.iterables, is_leaf=lambda value: hasattr(value, "dataset"))
+    if loaders._mode == "sequential":
+        batch = torch.utils._pytree.tree_leaves(loaders.iterables, is_leaf=lambda value: hasattr(value, "dataset"))[0]
+        batch = _first(batch)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     return name, module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_quant.fitting import INFO
 from lightning_quant.nn import PackedModule, Unsupported, find_entry
 from lightning_quant.nn.attention import PackedMultiheadAttention, disable_fast_path
 from lightning_quant.nn.base import EXTRA_STATE, FORMAT, described_modules
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantScheme
-from lightning_quant.surgery import INFO, ModelInfo, get_info, is_packed
+from lightning_quant.surgery import ModelInfo, get_info, is_packed
 
 CONFIG = "quantization.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +15,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.fake_quant import METHODS
+from lightning_quant.fitting import INFO, check_state, is_check
 from lightning_quant.fold import fold_norm
 from lightning_quant.nn import FakeModule, PackedModule, make_fake
 from lightning_quant.nn.attention import FakeMultiheadAttention, disable_fast_path
-from lightning_quant.nn.base import Setup, described_modules
+from lightning_quant.nn.base import Setup
 from lightning_quant.nn.folding import FoldableModule
 from lightning_quant.plan import Match, Plan, model_bytes, plan_model
 from lightning_quant.recipe import Recipe
 from lightning_quant.sharding import is_sharded
 from lightning_quant.spec import QuantSpec
-
-INFO = "_quantization"
 
 
 @dataclass
@@ -182,52 +181,6 @@ def prepare(
     return apply_plan(model, plan_model(model, recipe, call), method=method, training=training)
 
 
-def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in told.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
-    return flat
-
-
-def _difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    there, here = ({**_flat(told["scheme"]), **_flat(told["setup"])} for told in (theirs, mine))
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
-
-
-def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """A hook of prepared models: a state_dict that was made with another recipe is refused before anything is loaded.
-
-    Raises:
-        ValueError: the text shows the difference.
-    """
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if packed := described_modules(state, "packed"):
-        raise ValueError(
-            f"the checkpoint holds packed integers ({', '.join(list(packed)[:3])}), this model is prepared for training: "
-            f"lq.load_from_checkpoint loads it; to train on, take the checkpoint of the training"
-        )
-    found = described_modules(state, "fake")
-    if not found:
-        return  # a float checkpoint
-    modules = model.named_modules(remove_duplicate=False)
-    mine = {name: module._describe() for name, module in modules if isinstance(module, FakeModule)}
-    differences = [f"{name}: {told}" for name in found if name in mine and (told := _difference(found[name], mine[name]))]
-    differences += [f"{name}: quantized there and float here" for name in found if name not in mine]
-    differences += [f"{name}: float there and quantized here" for name in mine if name not in found]
-    if differences:
-        more = f"; and {len(differences) - 5} more modules" if len(differences) > 5 else ""
-        raise ValueError(
-            f"the checkpoint was made with another recipe than this model was prepared with: {'; '.join(differences[:5])}{more}. "
-            f"Use the recipe and method that it was made with, or lq.load_from_checkpoint"
-        )
-
-
-def _is_check(hook: Any) -> bool:
-    return getattr(hook, "hook", None) is check_state
-
-
 def relink_norms(model: nn.Module) -> None:
     """Find folded BatchNorms anew by name: they may have been replaced since, as `sync_batchnorm=True` does.
 
@@ -287,7 +240,7 @@ def convert(model: nn.Module) -> nn.Module:
     converted: nn.Module = copy.deepcopy(model, {**built, **replaced})
     disable_fast_path(converted)
     hooks = converted._load_state_dict_pre_hooks
-    converted._load_state_dict_pre_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_check(hook))
+    converted._load_state_dict_pre_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if not is_check(hook))
     return converted.eval()
 
 
@@ -308,9 +261,7 @@ def param_groups(module: nn.Module, *, scale_lr: float | None = None, **options:
         >>> [len(group["params"]) for group in param_groups(net, lr=1e-3, weight_decay=1e-4, scale_lr=1e-4)]
         [2, 3]
     """
-    learned = {
-        id(parameter) for fake in fake_modules(module).values() for _, part in fake.quantizers() for parameter in part.parameters()
-    }
+    learned = _learned(module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [value for value in trained if id(value) not in learned], **options}]
     scales = [value for value in trained if id(value) in learned]
@@ -318,3 +269,40 @@ def param_groups(module: nn.Module, *, scale_lr: float | None = None, **options:
         rate = scale_lr if scale_lr is not None else options.get("lr")
         groups.append({"params": scales, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})})
     return groups
+
+
+def _learned(module: nn.Module) -> set[int]:
+    """The learned scales and zero points, by id."""
+    return {id(value) for fake in fake_modules(module).values() for _, part in fake.quantizers() for value in part.parameters()}
+
+
+def widen_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """A float run's optimizer state for an optimizer that also has learned scales: they start without state.
+
+    Args:
+        module: the prepared module.
+        optimizer: of any groups, in which the float parameters come in the order that they had in the float run.
+        state: as `optimizer.state_dict()` gave it.
+
+    Returns:
+        the state to load; None (load what is given) if the groups do not match.
+    """
+    learned = _learned(module)
+    saved, groups = iter(state["param_groups"]), []
+    moved: dict[int, int] = {}
+    start = 0
+    for group in optimizer.param_groups:
+        indices = range(start, start + len(group["params"]))
+        start += len(indices)
+        kept = [index for index, value in zip(indices, group["params"], strict=True) if id(value) not in learned]
+        options = {key: value for key, value in group.items() if key != "params"}
+        if kept or not indices:
+            before = next(saved, None)
+            if before is None or len(before["params"]) != len(kept):
+                return None
+            moved.update(zip(before["params"], kept, strict=True))
+            options = {**options, **before}
+        groups.append({**options, "params": list(indices)})
+    if next(saved, None) is not None:
+        return None
+    return {**state, "state": {moved[index]: value for index, value in state["state"].items()}, "param_groups": groups}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -11,10 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from lightning_quant.calibration import (
     drop_linked_gradients,
     finish_observing,
+    follow_ranges,
     has_ranks,
     link_ranks,
     measure_weights,
@@ -24,14 +27,23 @@ from lightning_quant.calibration import (
     share_norms,
     share_ranges,
 )
-from lightning_quant.companions import averaged_models, check_callbacks, check_strategy, re_estimates_norms, restart_monitors
+from lightning_quant.companions import (
+    averaged_models,
+    check_callbacks,
+    check_strategy,
+    progress,
+    re_estimates_norms,
+    restart_monitors,
+    total_steps,
+)
 from lightning_quant.fake_quant import METHODS
 from lightning_quant.loop import example_call
 from lightning_quant.nn import FakeModule, lookup
+from lightning_quant.nn.base import described_modules
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
 from lightning_quant.sharding import is_sharded
-from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms
+from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms, widen_optimizer_state
 
 When = int | float | None
 
@@ -62,8 +74,8 @@ class QATCallback(L.Callback):
         freeze_observers_at: when ranges stop moving (learned scales go on learning).
         freeze_bn_at: when BatchNorm statistics stop moving.
         restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
-            paths of a `ModelCheckpoint(monitor=...)`, start afresh: those of the float model would never be reached again. Files
-            already written stay.
+            paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never be
+            reached again. Files already written stay.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
     `quant/bn_frozen` at each epoch, if the Trainer has a logger.
@@ -108,6 +120,9 @@ class QATCallback(L.Callback):
         self._waits = False  # whether learned scales still wait for their first range
         self._phase: tuple[bool, bool, bool] | None = None
         self._frozen: list[nn.Module] = []
+        self._float_checkpoint = False  # whether a float run is resumed
+        self._handles: list[RemovableHandle] = []
+        self._unreached: set[str] = set()  # activations that a warning has named
         self._total_steps = 0.0
 
     # --- preparation ---
@@ -132,6 +147,7 @@ class QATCallback(L.Callback):
         plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
         self._check_observed(plan)
         apply_plan(pl_module, plan, method=self.method)
+        self._started = False  # another model's training may have set it
 
     def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         plugin = trainer.precision_plugin
@@ -186,7 +202,7 @@ class QATCallback(L.Callback):
         if when is None:
             return False
         if isinstance(when, float):
-            return _progress(trainer, self._total_steps) >= when
+            return progress(trainer, self._total_steps) >= when
         return trainer.current_epoch >= when
 
     def _apply(self, trainer: L.Trainer, module: L.LightningModule, *, force: bool = False) -> None:
@@ -206,6 +222,9 @@ class QATCallback(L.Callback):
         for model in (module, *averages):
             set_flags(model, following=observing, quantizing=quantizing)
         set_flags(module, observing=observing)
+        for quantizer in () if observing else quantizers(module):
+            # a part that training reaches for the first time has no range that could be frozen
+            quantizer.observing |= not (quantizer.is_weight or quantizer.has_range)
         starts, self._started = quantizing and not self._started, quantizing
         if starts:
             share_ranges(module, averages)
@@ -225,9 +244,18 @@ class QATCallback(L.Callback):
         measure_weights(module)
         set_flags(module, observing=False)
 
+    def _follow(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Before averaging callbacks swap, take over or save their models."""
+        if self._started:
+            follow_ranges(module, averaged_models(trainer))
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
         self._list_late(pl_module)
+        if self._float_checkpoint:
+            # their states are restored after this hook
+            for optimizer in trainer.optimizers:
+                self._handles.append(optimizer.register_load_state_dict_pre_hook(partial(widen_optimizer_state, pl_module)))
 
     def _list_late(self, module: L.LightningModule) -> None:
         """Layers that the module's own setup() made, after preparation, are in float: say so."""
@@ -247,9 +275,12 @@ class QATCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         relink_norms(pl_module)
         link_ranks(pl_module, has_ranks())
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._float_checkpoint = [], False
         self._frozen = []
         self._waits = is_sharded(pl_module)
-        self._total_steps = _total_steps(trainer)
+        self._total_steps = total_steps(trainer)
         self._apply(trainer, pl_module, force=True)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -269,9 +300,18 @@ class QATCallback(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
         self._pause(pl_module)
+        self._follow(trainer, pl_module)  # averaging callbacks swap models next
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._phase = None  # modules are still in eval here: the next training batch brings flags and BatchNorms back
+        parts = [part for part in quantizers(pl_module) if part.quantizing and not part.has_range and not part.is_weight]
+        names = sorted({part.name for part in parts} - self._unreached)
+        if names and self._started and not trainer.sanity_checking:
+            self._unreached.update(names)
+            rank_zero_warn(
+                f"QATCallback: no training batch has reached {', '.join(names[:5])}{', ...' * (len(names) > 5)} yet: evaluated "
+                f"in float there, and the model cannot be packed. Leave such modules in float with Recipe(ignore=[...])"
+            )
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
@@ -282,13 +322,14 @@ class QATCallback(L.Callback):
         self._pause(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if self._phase is not None and not self._phase[0]:
+        if has_ranks() and self._phase is not None and not self._phase[0]:
             drop_linked_gradients(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(pl_module)
         if has_ranks():
             share_buffers(pl_module)
+        self._follow(trainer, pl_module)
         self._leave(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -314,8 +355,12 @@ class QATCallback(L.Callback):
         flags = {"started": self._started, "following": self._following}
         return {"recipe": self.recipe.to_dict(), "method": self.method, **flags, **times}
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._follow(trainer, pl_module)  # an averaging callback's own hook comes next
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """`ModelParallelStrategy` reads no extra state from a single file, which is where modules keep their flags."""
+        """A float run's optimizers know no learned scales; and `ModelParallelStrategy` reads no flags from a single file."""
+        self._float_checkpoint = not described_modules(checkpoint.get("state_dict", {}), "fake") and self.method == "lsq"
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is None or not isinstance(trainer.strategy, ModelParallelStrategy):
             return
@@ -326,19 +371,3 @@ class QATCallback(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._started = state_dict["started"]
-
-
-def _total_steps(trainer: L.Trainer) -> float:
-    """Optimizer steps in the whole training; batches under manual optimization, where a batch may step any number of times."""
-    if trainer.lightning_module.automatic_optimization or trainer.max_steps > 0:
-        return float(trainer.estimated_stepping_batches)
-    return float(trainer.num_training_batches * (trainer.max_epochs or 1))
-
-
-def _progress(trainer: L.Trainer, total: float) -> float:
-    """How much of the training is done, 0 to 1; by whole epochs if their length is unknown."""
-    if not 0 < total < float("inf"):
-        return trainer.current_epoch / max(trainer.max_epochs or 1, 1)
-    if trainer.lightning_module.automatic_optimization or trainer.max_steps > 0:
-        return trainer.global_step / total
-    return trainer.fit_loop.epoch_loop.batch_progress.total.completed / total

@@ -64,6 +64,9 @@ class RandomStateCallback(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["ranks"]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._saved = None  # trainer.validate(ckpt_path=...) loads callbacks' states, too
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         states, self._saved = self._saved, None
         if states is None:

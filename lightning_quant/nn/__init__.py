@@ -73,6 +73,9 @@ def find_entry(module: nn.Module) -> Entry:
         if getattr(type(module), method, None) is not getattr(base, method, None):
             told = "forward" if method == "forward" else f"{method} (part of the forward)"
             raise Unsupported(f"{type(module).__name__} overrides the {told} of {base.__name__}, which quantization would replace")
+    for method in ("get_extra_state", "set_extra_state"):
+        if getattr(type(module), method) is not getattr(base, method):
+            raise Unsupported(f"{type(module).__name__} has an extra state of its own, where a quantized module keeps its scheme")
     return entry
 
 

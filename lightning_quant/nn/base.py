@@ -48,6 +48,8 @@ def encode_state(state: dict[str, Any]) -> Tensor:
 
 
 def decode_state(state: Tensor) -> dict[str, Any]:
+    if state.dtype != torch.uint8 or state.dim() != 1:
+        raise ValueError("not written by encode_state")
     return json.loads(bytes(state.cpu().tolist()).decode())
 
 
