@@ -79,7 +79,7 @@ def has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _reduce(tensor: Tensor, op: str) -> None:
+def all_reduce(tensor: Tensor, op: str) -> None:
     """Merge a tensor over ranks in place; `op` is one of min, max, sum."""
     operations = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
     dist.all_reduce(tensor, operations[op])
@@ -94,7 +94,7 @@ def all_reduce_observers(model: nn.Module) -> None:
     if not has_ranks():
         return
     for quantizer in _observed(model):
-        quantizer.observer.all_reduce(_reduce)
+        quantizer.observer.all_reduce(all_reduce)
         quantizer._stale = True
 
 
@@ -107,11 +107,11 @@ class _StepReduce:
 
     def __call__(self, tensor: Tensor, op: str) -> None:
         if op != "max":
-            _reduce(tensor, op)
+            all_reduce(tensor, op)
             return
         mine = tensor.new_tensor([self.index, -self.index])
         both = torch.cat([tensor, mine])
-        _reduce(both, op)
+        all_reduce(both, op)
         if not torch.equal(both[-2:], mine):
             raise RuntimeError(
                 f"{self.name}: ranks ran different modules in one step, so its range cannot be merged. Let every rank run the same "

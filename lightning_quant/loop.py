@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
-from lightning_quant.calibration import Forward, to_device
+from lightning_quant.calibration import Enough, Forward, to_device
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.observers import Observer
@@ -70,11 +70,12 @@ def _calibration_class(cls: type, step: str | Forward) -> type:
     """The module's class with a `validation_step` that runs `step`, and hooks of other steps' loops left out."""
 
     def validation_step(self: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if callable(step):
-            step(self, batch)
-            return
-        bound = getattr(super(calibration, self) if step == "validation_step" else self, step)
-        bound(*_step_arguments(bound, batch, batch_idx, dataloader_idx))
+        with contextlib.suppress(Enough):
+            if callable(step):
+                step(self, batch)
+                return
+            bound = getattr(super(calibration, self) if step == "validation_step" else self, step)
+            bound(*_step_arguments(bound, batch, batch_idx, dataloader_idx))
 
     members: dict[str, Any] = {
         "validation_step": validation_step,

@@ -23,6 +23,9 @@ def check(model: nn.Module, recipe: Recipe, has_data: bool) -> Plan:
         ValueError: unknown algorithms, a recipe that quantizes nothing, or static activations without data.
     """
     get_algorithms(recipe.algorithms)
+    if recipe.algorithms and not has_data:
+        names = ", ".join(recipe.algorithms)
+        raise ValueError(f"the recipe's algorithms ({names}) need data: give batches, dataloaders or a datamodule")
     plan = plan_model(model, recipe)
     static = [match.name for match in plan.matches if match.scheme.needs_data]
     if static and not has_data:
@@ -58,6 +61,7 @@ def _quantize(model: nn.Module, recipe: Recipe, run: Callable[[], None] | None, 
         with observing(model):
             run()
     for algorithm in algorithms:
+        assert run is not None  # `check` has seen to it
         algorithm(model, run)
     return convert(model)
 

@@ -25,7 +25,7 @@ ORDER = [
     *("nn.base", "nn.packed", "nn.fake", "nn.folding", "nn.linear"),
     *("nn.conv", "nn.embedding", "nn.rnn", "nn.attention", "nn.transformers_conv1d"),
     *("nn.lora", "nn"),
-    *("fold", "plan", "fitting", "surgery", "calibration", "blocks"),
+    *("fold", "plan", "fitting", "surgery", "calibration", "blocks", "statistics"),
     *("algorithms.*", "algorithms", "sensitivity", "qlora", "serialization", "export.*", "export", "report", "plots"),
     "pipeline",
     *("loop", "quantize", "compare", "checkpoint", "companions", "callbacks.*", "callbacks", "precision", "trainer"),

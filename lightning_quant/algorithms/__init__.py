@@ -11,19 +11,21 @@ from typing import Protocol
 
 from torch import nn
 
+from lightning_quant.algorithms.gptq import apply_gptq
+
 
 class Algorithm(Protocol):
     """One PTQ algorithm.
 
     Args:
         model: prepared, its ranges calibrated; edited in place.
-        run: passes the calibration data through the model; None if no data was given.
+        run: passes the calibration data through the model; a batch ends where a hook raises `calibration.Enough`.
     """
 
-    def __call__(self, model: nn.Module, run: Callable[[], None] | None) -> None: ...
+    def __call__(self, model: nn.Module, run: Callable[[], None]) -> None: ...
 
 
-ALGORITHMS: dict[str, Algorithm] = {}
+ALGORITHMS: dict[str, Algorithm] = {"gptq": apply_gptq}
 
 
 def get_algorithms(names: Sequence[str]) -> list[Algorithm]:

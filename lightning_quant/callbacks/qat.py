@@ -74,8 +74,8 @@ class QATCallback(L.Callback):
         freeze_observers_at: when ranges stop moving (learned scales go on learning).
         freeze_bn_at: when BatchNorm statistics stop moving.
         restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
-            paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never be
-            reached again. Files already written stay.
+            paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never
+            be reached again. Files already written stay.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
     `quant/bn_frozen` at each epoch, if the Trainer has a logger.

@@ -1,0 +1,98 @@
+"""Post-training quantization of a small language model: perplexity, time and memory of each algorithm.
+
+    python benchmarks/ptq_llm.py --data DATA --model FOLDER
+
+FOLDER holds a causal language model as transformers saves it, DATA `wikitext-2/valid.txt`. Calibration: 64 windows of 512 tokens
+from token 100,000 on. Evaluation: the first 32 windows of 512 tokens. All linear layers but the head are quantized. "passes" is the
+time in units of one float32 forward pass over the calibration set in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_quant as lq
+from lightning_quant.report import table
+
+WINDOW = 512
+
+
+def recipes() -> dict[str, lq.Recipe]:
+    """Row -> recipe."""
+
+    def weights(bits: str, size: int, symmetric: bool, algorithms: list[str], **options: Any) -> lq.Recipe:
+        return lq.Recipe(bits, group_size=size, symmetric=symmetric, algorithms=algorithms, **options)
+
+    return {
+        "w4a16 g64 asym, nearest": weights("w4a16", 64, False, []),
+        "w4a16 g64 asym, gptq": weights("w4a16", 64, False, ["gptq"]),
+        "w4a16 g64 asym, mse + gptq": weights("w4a16", 64, False, ["gptq"], weight_observer="mse"),
+        "w4a16 g128 asym, mse + gptq": weights("w4a16", 128, False, ["gptq"], weight_observer="mse"),
+        "w3a16 g64 asym, mse + gptq": weights("w3a16", 64, False, ["gptq"], weight_observer="mse"),
+        "w2a16 g64 asym, mse + gptq": weights("w2a16", 64, False, ["gptq"], weight_observer="mse"),
+    }
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, ids: Tensor, windows: int) -> float:
+    """Of windows each on its own; a window's first token is only read."""
+    loss = 0.0
+    for start in range(0, windows * WINDOW, WINDOW):
+        window = ids[None, start : start + WINDOW]
+        logits = model(input_ids=window).logits[0, :-1].float()
+        loss += F.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    return math.exp(loss / (windows * (WINDOW - 1)))
+
+
+def peak() -> float:
+    """The process's largest resident size, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=64, help="of calibration")
+    parser.add_argument("--only", default="", help="rows whose name has this")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = tokenizer((args.data / "wikitext-2" / "valid.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    starts = range(100_000, 100_000 + args.windows * WINDOW, WINDOW)
+    batches = [{"input_ids": ids[None, start : start + WINDOW], "use_cache": False} for start in starts]
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        for batch in batches:
+            model(**batch)
+    one_pass = time.perf_counter() - begin
+    rows: list[tuple[Any, ...]] = [("float", f"{perplexity(model, ids, 32):.3f}", "", "", "")]
+    print(f"one float pass: {one_pass:.1f} s; float perplexity {rows[0][1]}", flush=True)
+    for name, recipe in recipes().items():
+        if args.only not in name:
+            continue
+        before, begin = peak(), time.perf_counter()
+        qmodel = lq.quantize(model, recipe, batches, calibration_batches=len(batches))
+        seconds = time.perf_counter() - begin
+        row = (name, f"{perplexity(qmodel, ids, 32):.3f}", f"{seconds:.0f}", f"{seconds / one_pass:.2f}", f"{peak() - before:.0f}")
+        rows.append(row)
+        print("  ".join(row), flush=True)
+        del qmodel
+    print(f"\n{table(('scheme', 'perplexity', 'seconds', 'passes', 'MB added to the peak'), rows)}")
+
+
+if __name__ == "__main__":
+    main()
