@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_quant.calibration import Enough, set_flags
 from lightning_quant.nn import FakeModule
+from lightning_quant.surgery import fake_modules
 
 # the arguments of one call: positional, keyword
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# visit(name, module, replay): replay() passes all calibration data through the module
-Visit = Callable[[str, nn.Module, Callable[[], None]], None]
+# visit(modules, replay): replay() passes all calibration data through the fake modules given, by their names in the model
+Visit = Callable[[dict[str, FakeModule], Callable[[], None]], None]
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -111,11 +112,11 @@ def walk(model: nn.Module, run: Callable[[], None], visit: Visit) -> None:
 
     Args:
         run: passes the calibration data through `model`, batch by batch, and ends a batch at `Enough`.
-        visit: quantizes the fake modules in the part it is given. After it the part runs with fake quantization on.
+        visit: quantizes the fake modules that it is given, each once. After it they run with fake quantization on.
     """
-    names = find_blocks(model)
+    names, modules = find_blocks(model), fake_modules(model)
     if not names or not _chained(_first_calls(model, names, run)):
-        visit("", model, run)
+        visit(modules, run)
         return
     calls: list[Call] = []
 
@@ -132,14 +133,15 @@ def walk(model: nn.Module, run: Callable[[], None], visit: Visit) -> None:
             for args, kwargs in calls:
                 block(*args, **kwargs)
 
-        visit(name, block, replay)
+        inside = {full: modules.pop(full) for full in list(modules) if full == name or full.startswith(f"{name}.")}
+        if inside:
+            visit(inside, replay)
         set_flags(block, quantizing=True)
         if name != names[-1]:
             for index, (args, kwargs) in enumerate(calls):
                 leaves, _ = tree_flatten(block(*args, **kwargs))
                 calls[index] = ((leaves[0], *args[1:]), kwargs)
     calls.clear()
-    inside = {id(part) for name in names for part in model.get_submodule(name).modules()}
-    if any(isinstance(part, FakeModule) and id(part) not in inside for part in model.modules()):
-        visit("", model, run)
+    if modules:
+        visit(modules, run)
     set_flags(model, quantizing=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_quant.calibration import all_reduce, has_ranks
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.nn import FakeModule
-from lightning_quant.surgery import fake_modules
 
 
 def weight_matrix(module: FakeModule) -> Tensor:
@@ -60,7 +59,7 @@ def input_rows(module: FakeModule, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def hessians(part: nn.Module) -> Iterator[dict[str, Tensor]]:
+def hessians(modules: Mapping[str, FakeModule]) -> Iterator[dict[str, Tensor]]:
     """Collect each layer's Hessian while it lasts: name -> float32 `[columns, columns]`, the sum of `x x^T`.
 
     At its end the sums are those of all ranks. Layers that were not reached are left out. Where a layer's input is to be quantized,
@@ -80,7 +79,7 @@ def hessians(part: nn.Module) -> Iterator[dict[str, Tensor]]:
             found[name] = last[2].clone()
 
     handles = []
-    for name, module in fake_modules(part).items():
+    for name, module in modules.items():
         if not why_no_rows(module):
 
             def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
@@ -95,7 +94,7 @@ def hessians(part: nn.Module) -> Iterator[dict[str, Tensor]]:
         for handle in handles:
             handle.remove()
     if has_ranks():
-        for name in fake_modules(part):
+        for name in modules:
             if name in found:
                 all_reduce(found[name], "sum")
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from lightning_quant.blocks import walk
 from lightning_quant.calibration import evaluating
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.nn import FakeModule
 from lightning_quant.numerics import dequantize, from_groups, qrange, to_groups
 from lightning_quant.numerics import quantize as quantize_codes
 from lightning_quant.spec import QuantSpec
 from lightning_quant.statistics import hessians, put_weight_matrix, weight_matrix, why_no_rows
-from lightning_quant.surgery import fake_modules, get_info
+from lightning_quant.surgery import get_info
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -135,25 +136,24 @@ def apply_gptq(model: nn.Module, run: Callable[[], None]) -> None:
     """
     info = get_info(model)
 
-    def visit(name: str, part: nn.Module, replay: Callable[[], None]) -> None:
-        with hessians(part) as found:
+    def visit(modules: dict[str, FakeModule], replay: Callable[[], None]) -> None:
+        with hessians(modules) as found:
             replay()
-        for own, module in fake_modules(part).items():
+        for name, module in modules.items():
             spec, reason = module.scheme.weight, why_no_rows(module)
             assert spec is not None
             if not spec.is_int or spec.flat_groups:
                 reason = f"not for {spec.dtype}"
-            if not reason and own not in found:
+            if not reason and name not in found:
                 reason = "calibration has not reached it"
-            full = ".".join(filter(None, (name, own)))
             if reason and info is not None:
-                info.notes[full] = "; ".join(filter(None, (info.notes.get(full), f"gptq: rounded to nearest, {reason}")))
+                info.notes[name] = "; ".join(filter(None, (info.notes.get(name), f"gptq: rounded to nearest, {reason}")))
             if reason:
                 continue
             quantizer = module.weight_fake_quant
             assert isinstance(quantizer, FakeQuantize)
             scale, zero_point = quantizer.qparams()
-            put_weight_matrix(module, gptq(weight_matrix(module), found.pop(own), scale, zero_point, spec))
+            put_weight_matrix(module, gptq(weight_matrix(module), found.pop(name), scale, zero_point, spec))
 
     with evaluating(model):
         walk(model, run, visit)

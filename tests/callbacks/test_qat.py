@@ -265,25 +265,6 @@ def test_manual_optimization_and_keyword_forwards() -> None:
     assert packed_modules(host.quantize())
 
 
-def test_configure_model_layers_are_prepared() -> None:
-    class Late(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.late: nn.Module | None = None
-
-        def configure_model(self) -> None:
-            if self.late is None:
-                self.late = nn.Linear(10, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            assert self.late is not None
-            return self.late(self.net(x))
-
-    host = trainer(1, lq.QATCallback("w8a8"), limit_train_batches=2)
-    host.fit(Late(), datamodule=Digits())
-    assert "late" in packed_modules(host.quantize())
-
-
 def test_pairs_found_through_a_batch_where_tracing_fails() -> None:
     class Untraceable(Classifier):
         def forward(self, x: Tensor) -> Tensor:

@@ -312,6 +312,7 @@ def test_regression_16170_19658_2203_layers_of_configure_model_reach_the_optimiz
     host = trainer(1, lq.QATCallback("w8a8", method=method), limit_train_batches=3)
     host.fit(model, datamodule=Digits())
     assert "late" in fake_modules(model)
+    assert "late" in packed_modules(host.quantize())
     optimized = {id(value) for group in host.optimizers[0].param_groups for value in group["params"]}
     assert {id(value) for value in model.parameters()} == optimized
     assert any(part.learned for part in quantizers(model)) == (method == "lsq")
