@@ -10,8 +10,11 @@ time in units of one float32 forward pass over the calibration set in the same p
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import math
-import resource
+import re
 import time
 import warnings
 from pathlib import Path
@@ -30,16 +33,30 @@ WINDOW = 512
 def recipes() -> dict[str, lq.Recipe]:
     """Row -> recipe."""
 
-    def weights(bits: str, size: int, symmetric: bool, algorithms: list[str], **options: Any) -> lq.Recipe:
-        return lq.Recipe(bits, group_size=size, symmetric=symmetric, algorithms=algorithms, **options)
+    def weights(preset: str, size: int, symmetric: bool, *algorithms: str, **options: Any) -> lq.Recipe:
+        return lq.Recipe(preset, group_size=size, symmetric=symmetric, algorithms=algorithms, algorithm_options=options)
 
+    quick, long = {"autoround": {"iterations": 20}}, {"autoround": {"iterations": 200}}
     return {
-        "w4a16 g64 asym, nearest": weights("w4a16", 64, False, []),
-        "w4a16 g64 asym, gptq": weights("w4a16", 64, False, ["gptq"]),
-        "w4a16 g64 asym, mse + gptq": weights("w4a16", 64, False, ["gptq"], weight_observer="mse"),
-        "w4a16 g128 asym, mse + gptq": weights("w4a16", 128, False, ["gptq"], weight_observer="mse"),
-        "w3a16 g64 asym, mse + gptq": weights("w3a16", 64, False, ["gptq"], weight_observer="mse"),
-        "w2a16 g64 asym, mse + gptq": weights("w2a16", 64, False, ["gptq"], weight_observer="mse"),
+        "w4a16 g64 asym, nearest": weights("w4a16", 64, False),
+        "w4a16 g64 asym, gptq": weights("w4a16", 64, False, "gptq"),
+        "w4a16 g64 asym, awq + gptq": weights("w4a16", 64, False, "awq", "gptq"),
+        "w4a16 g64 sym, nearest": weights("w4a16", 64, True),
+        "w4a16 g64 sym, autoround 20": weights("w4a16", 64, True, "autoround", **quick),
+        "w4a16 g64 asym, autoround 200": weights("w4a16", 64, False, "autoround", **long),
+        "w4a16 g128 asym, nearest": weights("w4a16", 128, False),
+        "w4a16 g128 asym, awq + gptq": weights("w4a16", 128, False, "awq", "gptq"),
+        "w4a16 g128 asym, autoround 200": weights("w4a16", 128, False, "autoround", **long),
+        "w3a16 g64 asym, nearest": weights("w3a16", 64, False),
+        "w3a16 g64 asym, awq + gptq": weights("w3a16", 64, False, "awq", "gptq"),
+        "w3a16 g64 asym, autoround 200": weights("w3a16", 64, False, "autoround", **long),
+        "w2a16 g64 asym, nearest": weights("w2a16", 64, False),
+        "w2a16 g64 asym, awq + gptq": weights("w2a16", 64, False, "awq", "gptq"),
+        "w2a16 g64 asym, autoround 200": weights("w2a16", 64, False, "autoround", **long),
+        "w8a8-dynamic, nearest": lq.Recipe("w8a8-dynamic"),
+        "w8a8-dynamic, smoothquant": lq.Recipe("w8a8-dynamic", algorithms=["smoothquant"]),
+        "w8a8 static, nearest": lq.Recipe("w8a8"),
+        "w8a8 static, smoothquant": lq.Recipe("w8a8", algorithms=["smoothquant"]),
     }
 
 
@@ -54,9 +71,19 @@ def perplexity(model: nn.Module, ids: Tensor, windows: int) -> float:
     return math.exp(loss / (windows * (WINDOW - 1)))
 
 
-def peak() -> float:
-    """The process's largest resident size, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def status(key: str) -> float:
+    """A line of the process's status, MB: `VmRSS` is its size now, `VmHWM` the largest since `forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> float:
+    """Give back what is not used, let the peak start from here, and return the size now, MB."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def main() -> None:
@@ -66,7 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
-    parser.add_argument("--only", default="", help="rows whose name has this")
+    parser.add_argument("--only", default="", help="rows whose name this regular expression is in")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -82,12 +109,12 @@ def main() -> None:
     rows: list[tuple[Any, ...]] = [("float", f"{perplexity(model, ids, 32):.3f}", "", "", "")]
     print(f"one float pass: {one_pass:.1f} s; float perplexity {rows[0][1]}", flush=True)
     for name, recipe in recipes().items():
-        if args.only not in name:
+        if not re.search(args.only, name):
             continue
-        before, begin = peak(), time.perf_counter()
+        before, begin = forget_peak(), time.perf_counter()
         qmodel = lq.quantize(model, recipe, batches, calibration_batches=len(batches))
-        seconds = time.perf_counter() - begin
-        row = (name, f"{perplexity(qmodel, ids, 32):.3f}", f"{seconds:.0f}", f"{seconds / one_pass:.2f}", f"{peak() - before:.0f}")
+        seconds, added = time.perf_counter() - begin, status("VmHWM") - before
+        row = (name, f"{perplexity(qmodel, ids, 32):.3f}", f"{seconds:.0f}", f"{seconds / one_pass:.2f}", f"{added:.0f}")
         rows.append(row)
         print("  ".join(row), flush=True)
         del qmodel

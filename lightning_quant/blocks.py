@@ -1,147 +1,511 @@
-"""Block-sequential passes: a model's repeated blocks one after the other, each with the inputs that quantized blocks produce."""
+"""What of a model is quantized at once: repeated blocks one after the other, and what lies before, between and behind them.
+
+`units` walks through a prepared model in the order of execution. Each unit gets the inputs that the quantized units before it
+produce, and its own float outputs where an algorithm wants them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
-from lightning_quant.calibration import Enough, set_flags
+from lightning_quant.activations import Activations, Budget, Calls, Pool, flatten_call, same_value
+from lightning_quant.calibration import Enough, has_ranks
 from lightning_quant.nn import FakeModule
+from lightning_quant.recipe import matches
 from lightning_quant.surgery import fake_modules
 
-# the arguments of one call: positional, keyword
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-# visit(modules, replay): replay() passes all calibration data through the fake modules given, by their names in the model
-Visit = Callable[[dict[str, FakeModule], Callable[[], None]], None]
+Run = Callable[[], None]
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """The names of the repeated blocks: the children of the `ModuleList` or `Sequential` of one class that holds most parameters.
+def find_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> list[list[str]]:
+    """The names of repeated blocks, one list for each chain of them.
 
-    Returns:
-        names in the order of execution, or none if there are fewer than two such blocks.
+    Args:
+        patterns: each names the blocks of one chain; by default runs of two and more neighbours of one class, that have
+            submodules, in a `ModuleList` or `Sequential`.
+
+    Raises:
+        ValueError: a pattern names fewer than two modules, or blocks of another pattern.
 
     Example:
         >>> layers = [nn.TransformerEncoderLayer(8, 2) for _ in range(3)]
         >>> find_blocks(nn.ModuleDict({"embed": nn.Embedding(4, 8), "layers": nn.ModuleList(layers)}))
-        ['layers.0', 'layers.1', 'layers.2']
+        [['layers.0', 'layers.1', 'layers.2']]
     """
-    best: list[str] = []
-    most = 0
+    if patterns is not None:
+        return _named_blocks(model, patterns)
+    found: list[list[str]] = []
     for name, module in model.named_modules():
-        children = list(module.named_children())
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(children) < 2:
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(_within(name, chain) for chain in found):
             continue
-        if len({type(child) for _, child in children}) > 1 or not any(True for _ in children[0][1].children()):
-            continue
-        size = sum(parameter.numel() for parameter in module.parameters())
-        if size > most:
-            best, most = [f"{name}.{child}" if name else child for child, _ in children], size
-    return best
+        for _, group in itertools.groupby(module.named_children(), key=lambda child: type(child[1])):
+            run = list(group)
+            if len(run) > 1 and any(True for _ in run[0][1].children()):
+                found.append([f"{name}.{child}" if name else child for child, _ in run])
+    return found
 
 
-def _without_cache(value: Any) -> Any:
-    """A key-value cache would grow with every replay; a whole sequence needs none."""
-    return None if any(cls.__name__ == "Cache" for cls in type(value).__mro__) else value
+def _named_blocks(model: nn.Module, patterns: Sequence[str]) -> list[list[str]]:
+    chains: list[list[str]] = []
+    for pattern in patterns:
+        chain: list[str] = []
+        for name, _ in model.named_modules():
+            if name and matches(pattern, name) and not _within(name, chain):  # "layers.*" names what is in a layer, too
+                chain.append(name)
+        if len(chain) < 2:
+            raise ValueError(f"Recipe blocks: {pattern!r} names {len(chain)} modules, and a chain has two or more")
+        for other in chains:
+            if shared := [name for name in chain if _within(name, other) or any(_within(each, [name]) for each in other)]:
+                raise ValueError(
+                    f"Recipe blocks: {pattern!r} names {shared[0]!r}, which is in a block of another pattern, or holds one"
+                )
+        chains.append(chain)
+    return chains
+
+
+def _within(name: str, blocks: Sequence[str]) -> bool:
+    return any(name == block or name.startswith(f"{block}.") for block in blocks)
+
+
+@dataclass
+class Chain:
+    """Blocks of which each takes what the one before it returns.
+
+    Args:
+        slots: which of a call's flattened arguments that is; without any, the first tensor.
+        leaf: which of the flattened outputs.
+        own: whether the other arguments differ between blocks, as masks of local and global attention do.
+        size: bytes of what the blocks hand on in one batch.
+    """
+
+    blocks: list[str]
+    slots: tuple[int, ...] = ()
+    leaf: int = 0
+    own: bool = False
+    size: int = 0
+
+
+@dataclass
+class Unit:
+    """A part of a model that is quantized at once.
+
+    Args:
+        name: of the block, or of what it consists of.
+        root: the module that `calls` are made to; the whole model if there are none.
+        modules: the fake modules to quantize, by their names in the model.
+        run: passes all calibration data through the unit.
+        calls: how the unit is called in each batch, None where only `run` is known.
+        targets: the float outputs for the float inputs, one a batch.
+        leaf: which of the flattened outputs counts.
+    """
+
+    name: str
+    root: nn.Module
+    modules: dict[str, FakeModule]
+    run: Run
+    calls: Calls | None = None
+    targets: Activations | None = None
+    leaf: int = 0
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    # what algorithms remember from unit to unit
+    shared: dict[Any, Any] = field(default_factory=dict)
+    # whether a rounder is among the recipe's algorithms
+    rounds: bool = False
+
+    def note(self, name: str, text: str) -> None:
+        """Something about a module that its user should know; shown by `lq.summary`."""
+        self.notes[name] = "; ".join(filter(None, (self.notes.get(name), text)))
+
+    def output(self, index: int, hidden: Tensor | None = None, calls: Calls | None = None) -> Tensor:
+        """What the unit returns for a batch, or for another input in that batch's place.
+
+        Args:
+            calls: with the other arguments of these.
+        """
+        calls = calls or self.calls
+        assert calls is not None
+        args, kwargs = calls[index] if hidden is None else calls.with_hidden(index, hidden)
+        with calls.context():
+            out: Tensor = tree_leaves(self.root(*args, **kwargs))[self.leaf]
+        return out
+
+    def replay(self) -> None:
+        """Pass all calibration data through the unit."""
+        if self.calls is None:
+            self.run()
+        else:
+            for index in range(len(self.calls)):
+                self.output(index)
 
 
 @contextlib.contextmanager
-def _calls(module: nn.Module, seen: Callable[[Call], None]) -> Iterator[None]:
+def _calls(module: nn.Module, seen: Callable[[list[Any], TreeSpec], None]) -> Iterator[None]:
     """Tell of every call of a module before it runs."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen((tuple(_without_cache(value) for value in args), {key: _without_cache(value) for key, value in kwargs.items()}))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: seen(*flatten_call(args, kwargs)), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _first_calls(model: nn.Module, names: list[str], run: Callable[[], None]) -> list[list[Call]]:
-    """How each block is called for the first batch."""
-    found: list[list[Call]] = [[] for _ in names]
+def _copies(leaves: list[Any]) -> list[Any]:
+    """What is called later may write into a tensor."""
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def see(index: int, call: Call) -> None:
-        if index == 0 and found[0]:
-            raise Enough
-        found[index].append(call)
 
+def _autocast(tensor: Tensor) -> tuple[str, torch.dtype] | None:
+    """The autocast that is on for a tensor's device."""
+    kind = tensor.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+# --- what one batch goes through ------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Whether blocks form a chain: each called once, in order, one taking what the one before it returned."""
+
+    def __init__(self, blocks: list[str]) -> None:
+        self.blocks, self.at, self.linked = blocks, 0, True
+        self.first: list[Any] = []
+        self.made: list[Any] | None = None
+        self.links: list[set[tuple[int, int]]] = []
+        self.varying: set[int] = set()
+        self.differs = False
+
+    def called(self, name: str, leaves: list[Any], spec: TreeSpec) -> None:
+        if not self.linked:
+            return
+        if self.at == 0 and name == self.blocks[0]:
+            self.first, self.spec = _copies(leaves), spec
+            self.autocast = next((_autocast(leaf) for leaf in leaves if isinstance(leaf, Tensor)), None)
+        elif self.at == len(self.blocks) or name != self.blocks[self.at] or self.made is None or len(leaves) != len(self.first):
+            self.linked = False
+        else:
+            tensors = [(slot, value) for slot, value in enumerate(leaves) if isinstance(value, Tensor)]
+            self.links.append(
+                {(slot, leaf) for slot, value in tensors for leaf, made in enumerate(self.made) if same_value(value, made)}
+            )
+            self.varying |= {slot for slot, pair in enumerate(zip(self.first, leaves, strict=True)) if not same_value(*pair)}
+            self.differs = self.differs or spec != self.spec
+        self.at, self.made = self.at + 1, None
+
+    def returned(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
+        if self.linked and 0 < self.at <= len(self.blocks) and name == self.blocks[self.at - 1]:
+            self.made = _copies([leaf if isinstance(leaf, Tensor) else None for leaf in tree_leaves(output)])
+
+    def chain(self, model: nn.Module) -> Chain | None:
+        common = set.intersection(*self.links) if self.links and self.linked and self.at == len(self.blocks) else set()
+        if not common:
+            return None
+        leaf = min(leaf for _, leaf in common)
+        slots = tuple(sorted(slot for slot, index in common if index == leaf))
+        # T5's position bias comes from the first block, too; but of what depends on the blocks' input only one tensor is carried on
+        more = {index for links in self.links for slot, index in links if slot in self.varying and slot not in slots}
+        if more and self._depend(model, slots, more):
+            return None
+        hidden = self.first[slots[0]]
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            return None
+        own = self.differs or bool(self.varying - set(slots))
+        return Chain(self.blocks, slots, leaf, own, hidden.nbytes)
+
+    def _depend(self, model: nn.Module, slots: tuple[int, ...], outputs: set[int]) -> bool:
+        """Whether some of the first block's outputs change with its input."""
+        block, found = model.get_submodule(self.blocks[0]), []
+        home = next((value.device for value in block.parameters()), torch.device("cpu"))
+        for factor in (1.0, 1.125):
+            leaves = [leaf.to(home, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in self.first]
+            for slot in slots:
+                leaves[slot] = leaves[slot] * factor
+            args, kwargs = tree_unflatten(leaves, self.spec)
+            with torch.autocast(*self.autocast) if self.autocast else contextlib.nullcontext():
+                out = tree_leaves(block(*args, **kwargs))
+            found.append([out[index].clone() for index in sorted(outputs)])
+        return not all(map(same_value, *found))
+
+
+def _watch(model: nn.Module, watches: list[_Watch], fakes: Sequence[str], example: Run) -> list[str]:
+    """Run one batch; returns the fake modules in the order in which they were called."""
+    order: list[str] = []
     with contextlib.ExitStack() as stack:
-        for index, name in enumerate(names):
-            stack.enter_context(_calls(model.get_submodule(name), lambda call, index=index: see(index, call)))  # type: ignore[misc]
-        run()
-    return found
+        for watch, name in [(each, name) for each in watches for name in each.blocks]:
+            block = model.get_submodule(name)
+            stack.enter_context(_calls(block, functools.partial(watch.called, name)))
+            stack.callback(block.register_forward_hook(functools.partial(watch.returned, name)).remove)
+        for name in fakes:
+            see = lambda _, args, name=name: order.append(name)  # noqa: E731
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(see).remove)
+        example()
+    return order
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one is two or (one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two))
-    try:
-        return one is two or bool(one == two)
-    except (TypeError, ValueError, RuntimeError):
-        return False
+@dataclass
+class Layout:
+    """The parts of a model in the order of execution: chains of blocks, and names of the fake modules before, between, behind.
+
+    `blocks` are those that hold fake modules.
+    """
+
+    chains: list[Chain]
+    others: list[list[str]]
+    blocks: int = 0
+
+    def count(self, single: bool) -> int:
+        """How many units there will be; see `units`."""
+        return self.blocks + sum(len(names) if single else bool(names) for names in self.others)
 
 
-def _chained(calls: list[list[Call]]) -> bool:
-    """Whether blocks differ in their first positional argument only: then one's output is the next one's input."""
-    if any(len(block) != 1 or not block[0][0] or not isinstance(block[0][0][0], Tensor) for block in calls):
-        return False
-    rest = [tree_flatten((args[1:], kwargs)) for ((args, kwargs),) in calls]
-    first, spec = rest[0]
-    return all(
-        other == spec
-        and len(leaves) == len(first)
-        and all(map(_same, leaves, first))
-        and calls[index][0][0][0].shape == calls[0][0][0][0].shape
-        for index, (leaves, other) in enumerate(rest)
-    )
-
-
-def walk(model: nn.Module, run: Callable[[], None], visit: Visit) -> None:
-    """Visit every repeated block, then what lies outside of them, quantized parts feeding those that follow.
-
-    The model must be prepared and in eval mode. A model without blocks, or whose blocks take from each other more than one
-    tensor, is visited as a whole.
+def find_layout(model: nn.Module, example: Run, patterns: Sequence[str] | None = None) -> Layout:
+    """See what one batch goes through. All ranks get what the first one sees.
 
     Args:
-        run: passes the calibration data through `model`, batch by batch, and ends a batch at `Enough`.
-        visit: quantizes the fake modules that it is given, each once. After it they run with fake quantization on.
+        example: passes one batch through `model`.
+        patterns: of the recipe.
+
+    Raises:
+        ValueError: the recipe's own blocks do not feed each other.
     """
-    names, modules = find_blocks(model), fake_modules(model)
-    if not names or not _chained(_first_calls(model, names, run)):
-        visit(modules, run)
-        return
-    calls: list[Call] = []
+    fakes = list(fake_modules(model))
+    chains: list[Chain] = []
+    level = find_blocks(model, patterns)
+    nested: dict[str, list[list[str]]] = {}
+    watches = [_Watch(blocks) for blocks in level]
+    for watch in watches if patterns is None else ():  # grows: blocks within blocks, for where the outer ones are no chain
+        for name in watch.blocks:
+            nested[name] = [[f"{name}.{each}" for each in inner] for inner in find_blocks(model.get_submodule(name))]
+            watches += [_Watch(inner) for inner in nested[name]]
+    order = _watch(model, watches, fakes, example)
+    by_blocks = {tuple(watch.blocks): watch for watch in watches}
+    while level:
+        blocks = level.pop()
+        chain = by_blocks[tuple(blocks)].chain(model)
+        if chain is not None:
+            chains.append(chain)
+        elif patterns is not None:
+            raise ValueError(
+                f"Recipe blocks: {', '.join(blocks[:3])}, ... are not called once each in every pass, one taking the output of "
+                f"another and all else from outside: name blocks that are, or leave blocks=None"
+            )
+        else:
+            level += [inner for name in blocks for inner in nested[name]]
+    layout = [_arrange(chains, fakes, order)]
+    if has_ranks():
+        dist.broadcast_object_list(layout, 0)
+    return layout[0]
 
-    def capture(call: Call) -> None:
-        calls.append(tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, call))
-        raise Enough
 
-    with _calls(model.get_submodule(names[0]), capture):
+def _arrange(chains: list[Chain], fakes: list[str], order: list[str]) -> Layout:
+    """Chains by their first call, and the fake modules outside of them where they are called; last what was not called."""
+    position = {name: index for index, name in reversed(list(enumerate(order)))}
+    inside = {id(chain): [name for name in fakes if _within(name, chain.blocks)] for chain in chains}
+    starts = {id(chain): min(position.get(name, len(order)) for name in inside[id(chain)]) for chain in chains if inside[id(chain)]}
+    chains = sorted((chain for chain in chains if id(chain) in starts), key=lambda chain: starts[id(chain)])
+    others: list[list[str]] = [[] for _ in range(len(chains) + 1)]
+    for name in fakes:
+        if not any(_within(name, chain.blocks) for chain in chains):
+            after = sum(starts[id(chain)] < position.get(name, len(order)) for chain in chains)
+            others[after if name in position else -1].append(name)
+    for names in others:
+        names.sort(key=lambda name: position.get(name, len(order)))
+    blocks = sum(any(_within(name, [block]) for name in inside[id(chain)]) for chain in chains for block in chain.blocks)
+    return Layout(chains, others, blocks)
+
+
+# --- what all batches go through ------------------------------------------------------------------------------------
+
+
+class _Captured:
+    """Calls of a chain's blocks while calibration data passes."""
+
+    def __init__(self, chain: Chain, budget: Budget, home: torch.device) -> None:
+        self.chain, self.hidden, self.pool, self.home = chain, Activations(budget), Pool(budget), home
+        self.slots = chain.slots
+        self.rest: dict[str, list[list[Any]]] = {}
+        self.specs: dict[str, list[TreeSpec]] = {}
+        self.autocast: tuple[str, torch.dtype] | None = None
+
+    def see(self, name: str, leaves: list[Any], spec: TreeSpec) -> None:
+        if not self.slots:
+            self.slots = tuple(slot for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor))[:1]
+        if not self.slots or max(self.slots) >= len(leaves) or not isinstance(leaves[self.slots[0]], Tensor):
+            raise ValueError(
+                f"{name} is called with other arguments in a later batch than in the first: give batches of one form, or make "
+                f"Recipe(blocks=[...]) name other modules"
+            )
+        # where a Trainer had moved the model elsewhere, replays run where it is in between
+        leaves = [leaf.to(self.home) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if name == self.chain.blocks[0]:
+            hidden = leaves[self.slots[0]]
+            self.hidden.append(hidden.clone())
+            self.autocast = _autocast(hidden)
+        kept = [
+            self.pool.put(leaf) if isinstance(leaf, Tensor) and slot not in self.slots else leaf for slot, leaf in enumerate(leaves)
+        ]
+        for slot in self.slots:
+            kept[slot] = None
+        self.rest.setdefault(name, []).append(kept)
+        self.specs.setdefault(name, []).append(spec)
+
+    def calls(self, name: str) -> Calls:
+        source = name if self.chain.own else self.chain.blocks[0]
+        rest = self.rest.get(source, [])
+        if len(rest) != len(self.hidden):
+            raise ValueError(
+                f"{source} is called {len(rest)} times in {len(self.hidden)} batches, and once in the first: give batches that all "
+                f"take one way through the model, or make Recipe(blocks=[...]) name other modules"
+            )
+        return Calls(self.hidden, rest, self.specs.get(source, []), self.slots, self.pool, self.autocast)
+
+    def clear(self) -> None:
+        self.hidden.clear()
+        self.pool.clear()
+
+
+def _capture(model: nn.Module, chains: list[Chain], run: Run, budget: Budget) -> list[_Captured]:
+    """The inputs of chains, of the first block or, where they differ, of all; a batch ends with the last one wanted."""
+    home = next(model.parameters()).device
+    captured = [_Captured(chain, budget, home) for chain in chains]
+    wanted = [(each, name) for each in captured for name in (each.chain.blocks if each.chain.own else each.chain.blocks[:1])]
+    with contextlib.ExitStack() as stack:
+        for each, name in wanted:
+
+            def see(leaves: list[Any], spec: TreeSpec, each: _Captured = each, name: str = name) -> None:
+                each.see(name, leaves, spec)
+                if name == wanted[-1][1]:
+                    raise Enough
+
+            stack.enter_context(_calls(model.get_submodule(name), see))
         run()
-    for name in names:
-        block = model.get_submodule(name)
+    return captured
 
-        def replay(block: nn.Module = block) -> None:
-            for args, kwargs in calls:
-                block(*args, **kwargs)
 
-        inside = {full: modules.pop(full) for full in list(modules) if full == name or full.startswith(f"{name}.")}
+def _until(model: nn.Module, name: str | None, run: Run) -> Run:
+    """`run`, but a batch ends where the module of that name starts."""
+    if name is None:
+        return run
+
+    def short() -> None:
+        def stop(*_: Any) -> None:
+            raise Enough
+
+        handle = model.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            run()
+        finally:
+            handle.remove()
+
+    return short
+
+
+# entered while data passes through a unit; None: no data need pass
+Collect = Callable[[Unit], contextlib.AbstractContextManager[Any] | None]
+# which inputs a unit is replayed with: those that quantized units produce, float ones, or both
+Path = Literal["quantized", "float", "both"]
+
+
+def units(model: nn.Module, run: Run, layout: Layout, budget: Budget, *, path: Path, collect: Collect) -> Iterator[Unit]:
+    """The parts of a prepared model in the order of execution.
+
+    Args:
+        model: prepared, in eval mode, not quantizing.
+        run: passes all calibration data through `model`, the same in every pass.
+        path: `"quantized"`: a unit's calls have what the quantized ones before it produce; `"float"`: what float ones do, which
+            takes one pass less; `"both"`: quantized inputs, and targets from float ones. Then modules outside of blocks come
+            one by one, with calls and targets.
+        collect: entered while data passes through a unit for the first time, with float inputs if there are any.
+
+    Yields:
+        units; when the next one is asked for, the weights of the last one must be on their grids.
+    """
+    fakes, single = fake_modules(model), path == "both"
+    floats: list[_Captured | None] = [None] * len(layout.chains)
+    if path == "both" and layout.chains and (len(layout.chains) > 1 or layout.others[0]):
+        floats = list(_capture(model, layout.chains, run, budget))
+    for index, names in enumerate(layout.others):
+        chain = layout.chains[index] if index < len(layout.chains) else None
+        short = _until(model, chain.blocks[0] if chain else None, run)
+        for group in [[name] for name in names] if single else [names] if names else []:
+            inside = {name: fakes.pop(name) for name in group}
+            if single:
+                unit, captured = _single(model, group[0], inside[group[0]], short, budget)
+            else:
+                unit, captured = Unit(f"before {chain.blocks[0]}" if chain else "the rest", model, inside, short), None
+            if (context := collect(unit)) is not None:
+                with context:
+                    unit.replay()
+            yield unit
+            for kept in (captured, unit.targets):
+                if kept is not None:
+                    kept.clear()
+            _start_quantizing(inside, path)
+        if chain is not None:
+            yield from _blocks(model, chain, fakes, run, budget, path, collect, floats[index])
+
+
+def _start_quantizing(modules: dict[str, FakeModule], path: Path) -> None:
+    """From here on these run quantized."""
+    for module in modules.values():
+        for _, part in module.quantizers():
+            part.quantizing = path != "float" and not (part.is_weight and module.settled)
+
+
+def _single(model: nn.Module, name: str, module: FakeModule, run: Run, budget: Budget) -> tuple[Unit, _Captured]:
+    """A module on its own, with its calls and what it returns in float."""
+    captured = _capture(model, [Chain([name])], run, budget)[0]
+    calls, targets = captured.calls(name), Activations(budget)
+    unit = Unit(name, module, {name: module}, run, calls, targets)
+    for index in range(len(calls)):
+        targets.append(unit.output(index))
+    return unit, captured
+
+
+def _blocks(
+    model: nn.Module,
+    chain: Chain,
+    fakes: dict[str, FakeModule],
+    run: Run,
+    budget: Budget,
+    path: Path,
+    collect: Collect,
+    floats: _Captured | None,
+) -> Iterator[Unit]:
+    captured = _capture(model, [chain], run, budget)[0]
+    hidden, targets = captured.hidden, None
+    if path != "quantized":
+        targets = Activations(budget) if floats is None else floats.hidden
+        for value in hidden if floats is None else ():
+            targets.append(value)
+    for name in chain.blocks:
+        inside = {full: fake for full, fake in fakes.items() if _within(full, [name])}
+        unit = Unit(name, model.get_submodule(name), inside, run, captured.calls(name), targets, chain.leaf)
+        context = collect(unit) if inside else None
+        with context or contextlib.nullcontext():
+            if targets is not None:
+                float_calls = (floats or captured).calls(name)
+                for index in range(len(targets)):
+                    targets[index] = unit.output(index, targets[index], float_calls)
+            elif context is not None:
+                unit.replay()
         if inside:
-            visit(inside, replay)
-        set_flags(block, quantizing=True)
-        if name != names[-1]:
-            for index, (args, kwargs) in enumerate(calls):
-                leaves, _ = tree_flatten(block(*args, **kwargs))
-                calls[index] = ((leaves[0], *args[1:]), kwargs)
-    calls.clear()
-    if modules:
-        visit(modules, run)
-    set_flags(model, quantizing=False)
+            yield unit
+        _start_quantizing(inside, path)
+        for full in inside:
+            del fakes[full]
+        if name != chain.blocks[-1]:
+            for index in range(len(hidden)):
+                hidden[index] = unit.output(index) if path != "float" or targets is None else targets[index]
+    for kept in (captured, targets, floats):
+        if kept is not None:
+            kept.clear()

@@ -51,6 +51,9 @@ class CommandTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         output: str | Path | None = None,
         compare: bool = True,
+        work_dir: str | Path | None = None,
+        memory_budget: int | str | None = None,
+        progress: bool = True,
     ) -> Any:
         """Quantize and pack a model, print what was done to it and what it cost, and save it.
 
@@ -61,6 +64,9 @@ class CommandTrainer(Trainer):
             ckpt_path: a float or QAT checkpoint, or "last" of the configured ModelCheckpoint; else the model as it is constructed.
             output: the folder to save to, for lq.load_quantized; other files in it are left alone. Not saved under fast_dev_run.
             compare: validate the model in float and quantized, and print both, if there is validation data.
+            work_dir: a folder in which the recipe's algorithms keep what is done, so that a run that was killed goes on there.
+            memory_budget: how many bytes of activations algorithms keep in memory, such as "500 MB"; the rest goes to files.
+            progress: show a bar while algorithms run, where standard error is a terminal.
         """
         if ckpt_path is not None:
             ckpt_path = self._path(ckpt_path)
@@ -68,6 +74,7 @@ class CommandTrainer(Trainer):
         with _only_progress(self):
             model = configured(model)
             options: dict[str, Any] = {"recipe": recipe, "calibration_batches": calibration_batches, "ckpt_path": ckpt_path}
+            options.update(work_dir=work_dir, memory_budget=memory_budget, progress=progress)
             result = super().quantize(model, datamodule, dry_run=dry_run, **options)
             if dry_run:
                 self._print(result)
@@ -110,7 +117,7 @@ class CommandTrainer(Trainer):
             if chosen is None:
                 raise ValueError("recipe=None: give a recipe, a quantized ckpt_path, or a QATCallback in trainer.callbacks")
             model = configured(model)
-            told = plan_summary(model, plan_model(model, chosen))
+            told = plan_summary(model, plan_model(model, chosen, training=recipe is None))
         self._print(told)
         return told
 

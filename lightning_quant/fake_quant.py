@@ -281,7 +281,7 @@ class FakeQuantize(nn.Module):
         if self.spec.dynamic:
             return
         if self.is_weight:
-            self._set_qparams(*self.measure(x))
+            self.set_qparams(*self.measure(x))
         elif x.numel() or self.observer.reduce is not None:  # other ranks may have values
             rows = to_groups(x.detach(), self.spec, self.axis) if x.numel() else x.detach().reshape(1, 0)
             with self._named():
@@ -311,10 +311,12 @@ class FakeQuantize(nn.Module):
     def update_qparams(self) -> None:
         """Scale and zero point from what was observed since the last time; a learned scale is not touched again."""
         if self._stale and self.observer.has_data:
-            self._set_qparams(*calc_qparams(*self.observer.range(), self.spec))
+            self.set_qparams(*calc_qparams(*self.observer.range(), self.spec))
         self._stale = False
 
-    def _set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+    @torch.no_grad()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Give it a scale and a zero point, of as many elements as its own."""
         if self.learned and is_managed(self) and not isinstance(self.scale, DTensor):
             raise RuntimeError(f"{self.name}: FSDP2 forgets a range that is set within a forward pass: train it with QATCallback")
         put(self.scale, scale.reshape(self.scale.shape))

@@ -17,6 +17,13 @@ from lightning_quant.spec import QuantScheme
 INFO = "_quantization"
 
 
+def add_notes(model: nn.Module, notes: Mapping[str, str]) -> None:
+    """Add notes on modules, by name, to what a prepared model keeps for `lq.summary`."""
+    if (info := model.__dict__.get(INFO)) is not None:
+        for name, note in notes.items():
+            info.notes[name] = "; ".join(filter(None, (info.notes.get(name), note)))
+
+
 def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in told.items():

@@ -297,8 +297,8 @@ def fold_norm(module: nn.Module, norm: nn.Module) -> None:
     else:
         folded = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
     bias = fold_bias(norm, module.bias)  # type: ignore[arg-type]
-    weight.copy_(folded)
+    weight.data = folded.to(weight.dtype)  # another model may share the storage
     if module.bias is None:
         module.register_parameter("bias", nn.Parameter(bias.to(weight.dtype)))
     else:
-        module.bias.copy_(bias)  # type: ignore[operator]
+        module.bias.data = bias.to(weight.dtype)

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from lightning_quant.fold import Flow, find_flow
 from lightning_quant.nn import Entry, PackedModule, Unsupported, find_entry
 from lightning_quant.nn.base import QuantizedModule
+from lightning_quant.nn.experts import UnfusedExperts, find_layout, holds_experts, unfuse
 from lightning_quant.observers import make_observer
 from lightning_quant.recipe import Recipe, as_recipe, matches
 from lightning_quant.spec import QuantScheme
@@ -37,23 +38,32 @@ def model_bytes(model: nn.Module) -> int:
 
 @dataclass
 class Match:
-    """A module that a recipe quantizes."""
+    """A module that a recipe quantizes; `place` is its name, with `*` for an expert's index."""
 
     name: str
     module: nn.Module
     entry: Entry
     scheme: QuantScheme
     note: str = ""
+    place: str = ""
 
 
 @dataclass
 class Plan:
-    """What a recipe means for a model: the modules it quantizes, those it skips and why, the BatchNorms it folds."""
+    """What a recipe means for a model: the modules it quantizes, those it skips and why, the BatchNorms it folds.
+
+    `unfused` are to take the place of fused experts in the model; the matches of experts are their layers.
+    """
 
     recipe: Recipe
     matches: list[Match] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    unfused: dict[str, UnfusedExperts] = field(default_factory=dict)
+
+
+# a qualified name and the names of a module's types: what patterns are matched against
+Named = tuple[str, list[str]]
 
 
 def _type_names(module: nn.Module) -> list[str]:
@@ -93,12 +103,24 @@ def _check_weights(name: str, module: nn.Module, entry: Entry) -> None:
             raise Unsupported(f"its {weight} is {stored.dtype}: quantized already")
 
 
-def _match_one(name: str, module: nn.Module, recipe: Recipe, heads: set[int]) -> tuple[Match, bool]:
+def _rule(recipe: Recipe, known: list[Named]) -> tuple[QuantScheme | None, str | None]:
+    """The scheme of a module that goes by several names and the pattern that named it; raises `Unsupported` if it is ignored."""
+    for pattern in recipe.ignore:
+        if any(matches(pattern, *names) for names in known):
+            raise Unsupported(f"ignored by {pattern!r}")
+    for pattern, scheme in recipe.schemes.items():
+        if any(matches(pattern, *names) for names in known):
+            return scheme, pattern
+    return recipe.scheme, None
+
+
+def _match_one(
+    name: str, module: nn.Module, recipe: Recipe, heads: set[int], routers: set[int], owners: list[Named] | None = None
+) -> tuple[Match, bool]:
     """The match and whether a pattern named it; raises `Unsupported` with the reason of a skip."""
-    types = _type_names(module)
-    if pattern := recipe.ignored(name, types):
-        raise Unsupported(f"ignored by {pattern!r}")
-    scheme, pattern = recipe.lookup(name, types)
+    scheme, pattern = _rule(recipe, [(name, _type_names(module)), *(owners or [])])
+    if id(module) in routers and (pattern is None or not isinstance(module, nn.Linear)):
+        raise Unsupported("router of a mixture of experts: stays in float")
     entry = find_entry(module)
     if scheme is None or scheme.weight is None:
         raise Unsupported(f"left in float by {pattern!r}" if pattern else "the recipe has no default scheme")
@@ -107,11 +129,85 @@ def _match_one(name: str, module: nn.Module, recipe: Recipe, heads: set[int]) ->
     if pattern is None and id(module) in heads:
         raise Unsupported("output head of a language model: stays in float unless a pattern of the recipe names it")
     _check_weights(name, module, entry)
-    return Match(name, module, entry, scheme), pattern is not None
+    return Match(name, module, entry, scheme, place=name), pattern is not None
+
+
+def _routers(model: nn.Module) -> set[int]:
+    """Modules beside fused experts that choose among them, by id: a matrix with a row for each expert."""
+    found: set[int] = set()
+    for name, module in model.named_modules():
+        if not name or not (count := holds_experts(module)):
+            continue
+        own = {id(part) for part in module.modules()}
+        for path, part in model.get_submodule(name.rpartition(".")[0]).named_modules():
+            weight = part._parameters.get("weight")
+            if id(part) in own or weight is None or isinstance(weight, UninitializedParameter) or weight.dim() != 2:
+                continue
+            named, rows = not {"gate", "router"}.isdisjoint(path.split(".")), len(weight) == count
+            if (named and rows) or (not isinstance(part, nn.Linear) and (named or rows) and not _is_known(part)):
+                found.add(id(part))
+    return found
+
+
+def _is_known(module: nn.Module) -> bool:
+    try:
+        return bool(find_entry(module))
+    except Unsupported:
+        return False
+
+
+# --- fused experts --------------------------------------------------------------------------------------------------
+
+
+def _expert_names(model: nn.Module) -> Iterator[Named]:
+    """What patterns may name once fused experts are taken apart, which training does not do: each expert, and its layers."""
+    for name, module in model.named_modules():
+        if name and holds_experts(module):
+            with contextlib.suppress(Unsupported):
+                layout = find_layout(module)
+                yield from ((f"{name}.{index}", []) for index in range(layout.count))
+                yield from ((f"{name}.{layer}", ["Linear"]) for layer in layout.layers)
+
+
+def _take_apart(name: str, module: nn.Module, recipe: Recipe, owners: Counter[int], training: bool) -> UnfusedExperts:
+    _rule(recipe, [(name, _type_names(module))])
+    find_layout(module)
+    if training:
+        raise Unsupported("fused experts stay in float in training; post-training quantization (lq.quantize) does them")
+    if not name:
+        raise Unsupported("the model is nothing but fused experts, which cannot be replaced in place: quantize what holds them")
+    if any(value is not None and owners[id(value)] > 1 for value in module._parameters.values()):
+        raise Unsupported("fused experts that share a parameter with another module")
+    return unfuse(module)
+
+
+def _match_experts(
+    name: str, module: nn.Module, experts: UnfusedExperts, recipe: Recipe, skipped: dict[str, str]
+) -> list[tuple[Match, bool]]:
+    """The layers of experts that the recipe quantizes; raises `Unsupported` if there is none."""
+    found, reasons = [], {}
+    for layer in experts.layout.layers:
+        index, _, projection = layer.partition(".")
+        owners: list[Named] = [(f"{name}.{index}", []), (name, _type_names(module))]
+        try:
+            match, named = _match_one(f"{name}.{layer}", experts.get_submodule(layer), recipe, set(), set(), owners)
+            match.scheme, match.note = match.entry.fake.adapt(match.module, match.scheme)
+            match.place = f"{name}.*.{projection}"
+            found.append((match, named))
+        except Unsupported as reason:
+            reasons[f"{name}.{layer}"] = str(reason)
+    if not found:
+        raise Unsupported("; ".join(dict.fromkeys(reasons.values())))
+    skipped.update(reasons)
+    return found
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
 
 
 def _warn_unmatched(model: nn.Module, recipe: Recipe) -> None:
     known = [(name, _type_names(module)) for name, module in model.named_modules() if name]
+    known += _expert_names(model)
     for pattern in (*recipe.ignore, *recipe.schemes):
         if not any(matches(pattern, name, types) for name, types in known):
             names = [name for name, _ in known]
@@ -122,12 +218,17 @@ def _warn_unmatched(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _apply_edges(found: list[tuple[Match, bool]], edges: QuantScheme, order: list[str]) -> None:
-    names = [match.name for match, _ in found]
+    places = {match.place: match.name for match, _ in found}  # all experts of a module are one place
+    if len(places) < 3:  # else nothing would be left in between
+        return
+    steps = {name.rpartition(".")[0]: step for step, name in reversed(list(enumerate(order)))}  # experts: their activation's
+    steps.update((name, step) for step, name in enumerate(order))
+    at = {place: steps.get(place if place == name else place.partition(".*.")[0], -1) for place, name in places.items()}
     # a trace that missed a layer says nothing about the ends; then it is the order of registration
-    ranked = sorted(names, key=order.index) if set(names) <= set(order) else names
+    ranked = sorted(places, key=at.__getitem__) if min(at.values()) >= 0 else list(places)
     for match, named in found:
-        if match.name in (ranked[0], ranked[-1]) and not named:
-            match.scheme, match.note = edges, f"{'first' if match.name == ranked[0] else 'last'} layer: {edges.label}"
+        if match.place in (ranked[0], ranked[-1]) and not named:
+            match.scheme, match.note = edges, f"{'first' if match.place == ranked[0] else 'last'} layer: {edges.label}"
 
 
 def _check_observers(plan: Plan) -> None:
@@ -159,32 +260,10 @@ def _check_ties(model: nn.Module, plan: Plan) -> None:
                 match.note = "; ".join(filter(None, [match.note, f"its weight is also read by {floats}, which stays in float"]))
 
 
-def plan_model(
-    model: nn.Module,
-    recipe: Recipe | str | dict[str, Any],
-    call: Callable[[], Any] | None = None,
-    warn: bool = True,
-) -> Plan:
-    """Match a recipe against a float model; nothing is changed.
-
-    Args:
-        call: runs `model` on an example, where tracing does not get through (see `find_flow`).
-        warn: about patterns that match nothing.
-
-    Raises:
-        ValueError: the recipe quantizes nothing, names an unknown observer or option,
-            or gives one shared weight two schemes, or the model is quantized already.
-
-    Warns:
-        UserWarning: a pattern matches no module.
-    """
-    recipe = as_recipe(recipe)
-    if quantized := [module for module in model.modules() if isinstance(module, QuantizedModule)]:
-        state = "packed" if isinstance(quantized[0], PackedModule) else "prepared for quantization"
-        raise ValueError(f"the model is {state} already: give the float model")
-    if warn:
-        _warn_unmatched(model, recipe)
-    plan, heads = Plan(recipe), _language_model_heads(model)
+def _match_all(model: nn.Module, plan: Plan, training: bool) -> list[tuple[Match, bool]]:
+    """What the recipe quantizes, each with whether a pattern named it; the rest goes to `plan.skipped`."""
+    recipe, heads, routers = plan.recipe, _language_model_heads(model), _routers(model)
+    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     found: list[tuple[Match, bool]] = []
     opaque: set[int] = set()  # out_proj of attention that stays in float: read by it, never called
     for name, module in model.named_modules():
@@ -199,7 +278,12 @@ def plan_model(
         try:
             if id(module) in opaque:
                 raise Unsupported("the attention around it stays in float and reads its weight without calling it")
-            match, named = _match_one(name, module, recipe, heads)
+            if holds_experts(module):
+                experts = _take_apart(name, module, recipe, owners, training)
+                found += _match_experts(name, module, experts, recipe, plan.skipped)
+                plan.unfused[name] = experts
+                continue
+            match, named = _match_one(name, module, recipe, heads, routers)
             match.scheme, match.note = match.entry.fake.adapt(module, match.scheme)
             found.append((match, named))
         except Unsupported as reason:
@@ -207,10 +291,42 @@ def plan_model(
             plan.skipped[name] = f"{reason}{told}"
             if isinstance(module, nn.MultiheadAttention):
                 opaque.add(id(module.out_proj))
+    return found
+
+
+def plan_model(
+    model: nn.Module,
+    recipe: Recipe | str | dict[str, Any],
+    call: Callable[[], Any] | None = None,
+    warn: bool = True,
+    training: bool = True,
+) -> Plan:
+    """Match a recipe against a float model; nothing is changed.
+
+    Args:
+        call: runs `model` on an example, where tracing does not get through (see `find_flow`).
+        warn: about patterns that match nothing.
+        training: for QAT, where fused experts stay in float; else they are planned as linear layers, one by one.
+
+    Raises:
+        ValueError: the recipe quantizes nothing, names an unknown observer or option,
+            or gives one shared weight two schemes, or the model is quantized already.
+
+    Warns:
+        UserWarning: a pattern matches no module.
+    """
+    recipe = as_recipe(recipe)
+    if quantized := [module for module in model.modules() if isinstance(module, QuantizedModule)]:
+        state = "packed" if isinstance(quantized[0], PackedModule) else "prepared for quantization"
+        raise ValueError(f"the model is {state} already: give the float model")
+    if warn:
+        _warn_unmatched(model, recipe)
+    plan = Plan(recipe)
+    found = _match_all(model, plan, training)
     flow = Flow()
     if recipe.edges is not None or recipe.fold is not None or any(isinstance(module, _BatchNorm) for module in model.modules()):
         flow = find_flow(model, call, recipe.fold)
-    if recipe.edges is not None and len(found) > 2:  # else nothing would be left in between
+    if recipe.edges is not None:
         _apply_edges(found, recipe.edges, flow.order)
         for match, _ in found:
             match.scheme, note = match.entry.fake.adapt(match.module, match.scheme)

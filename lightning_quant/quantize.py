@@ -5,21 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import os
+import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
+from lightning_quant.activations import parse_bytes
 from lightning_quant.calibration import Forward, has_ranks, run_batches, share_buffers
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.loop import calibration_data, combined, find_step, run_lightning
-from lightning_quant.pipeline import check, quantize_model
+from lightning_quant.pipeline import check, estimate_model, quantize_model
+from lightning_quant.preflight import forecast
 from lightning_quant.recipe import Recipe, as_recipe
 from lightning_quant.report import plan_summary, summary
+from lightning_quant.sequential import Options
 from lightning_quant.sharding import is_sharded, plain_copy
 from lightning_quant.spec import PRESETS
 from lightning_quant.surgery import convert, get_info, is_packed, is_prepared
@@ -39,6 +48,9 @@ def quantize(
     trainer: L.Trainer | None = None,
     calibration_batches: int = 128,
     dry_run: bool = False,
+    work_dir: str | os.PathLike[str] | None = None,
+    memory_budget: int | str | None = None,
+    progress: bool = True,
 ) -> Any:
     """Quantize a trained model and pack it. The model given is not changed.
 
@@ -57,13 +69,24 @@ def quantize(
         datamodule, dataloaders: the data, for Lightning's loop.
         trainer: whose device, precision and strategy calibration uses; its callbacks, loggers and state are left as they were.
         calibration_batches: how many batches to use at most.
-        dry_run: change and calibrate nothing, return the `Summary` of what would be done.
+        dry_run: change and calibrate nothing, return the `Summary` of what would be done. If the recipe has algorithms, one batch
+            is run in float (twice), and the summary has an estimate of memory and time, too; not where the data come from an
+            iterator, whose first batch would be lost.
+        work_dir: a folder, made if it does not exist, in which algorithms keep what is done of the model: a run that was killed
+            goes on there when it is started again with the same model, recipe and data, and comes to the same result, bit by
+            bit. Data that are shuffled need a seed. Delete it when done: the packed model is not in it.
+        memory_budget: how many bytes of activations algorithms keep in memory between passes, as a number or as text such as
+            "500 MB"; the rest goes to files, in `work_dir` or a temporary folder, and the result is the same. By default a
+            quarter of the memory that is available.
+        progress: show a bar, and the time left, while algorithms run; only where standard error is a terminal.
 
     Returns:
         the packed model in eval mode, of `module`'s class; a `Summary` if `dry_run`.
 
     Raises:
-        ValueError: the recipe does not fit the model, or a static recipe has no data; raised before work starts.
+        ValueError: the recipe does not fit the model, there are no data for it, the algorithms are for none of its layers, or
+            there is too little memory; `work_dir` holds the work of another run, or the recipe has no algorithms for it; all
+            raised before work starts.
 
     Example:
         >>> import lightning_quant as lq
@@ -74,6 +97,7 @@ def quantize(
     """
     if isinstance(calibration_batches, bool) or not isinstance(calibration_batches, int) or calibration_batches < 1:
         raise ValueError(f"calibration_batches={calibration_batches!r}: must be a positive int")
+    options = _options(work_dir, memory_budget, progress)
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     if is_packed(module):
         raise ValueError("the model is packed already: give the float or the QAT model (a Trainer's own is the one that ran last)")
@@ -83,27 +107,71 @@ def quantize(
         if has_ranks():
             share_buffers(module)
     if is_prepared(module):
+        _check_used(options, (), "a model that was trained with QATCallback is only converted")
         return _convert_trained(module, recipe, dry_run)
     if recipe is None:
         raise ValueError(f"a float model needs a recipe: a preset ({', '.join(PRESETS)}), a .yaml path, a dict or a Recipe")
     recipe = as_recipe(recipe)
     if trainer is not None and getattr(trainer, "fast_dev_run", False):
         calibration_batches = 1
+    _check_used(options, recipe.algorithms, "the recipe has no algorithms")
     runner = _find_runner(module, batches, forward, datamodule, dataloaders, trainer)
     plan = check(module, recipe, runner is not None)
-    if dry_run:
-        return plan_summary(module, plan)
     _check_copyable(module)
-    model = _uncompiled(module if sharded else copy.deepcopy(module))
+    if dry_run:
+        told = plan_summary(module, plan)
+        if not recipe.algorithms or runner is None or isinstance(batches, Iterator) or isinstance(dataloaders, Iterator):
+            return told
+        copied, found = _uncompiled(module if sharded else _copy(module)), runner
+        count = _batch_count(calibration_batches, batches, dataloaders)
+        with _kept_rng():
+            return forecast(told, estimate_model(copied, recipe, lambda: found(copied, 1), count, options))
+    model = _uncompiled(module if sharded else _copy(module))
     with _kept_rng():
         if runner is None:
             return quantize_model(model, recipe)
         return quantize_model(
             model,
             recipe,
-            run=lambda: runner(model, calibration_batches),
-            example=lambda: runner(model, 1),
+            run=_repeatable(lambda: runner(model, calibration_batches), batches, dataloaders),
+            example=_repeatable(lambda: runner(model, 1), batches, dataloaders),
+            options=options,
+            batches=_batch_count(calibration_batches, batches, dataloaders),
         )
+
+
+def _options(work_dir: str | os.PathLike[str] | None, memory_budget: int | str | None, progress: bool) -> Options:
+    if work_dir is not None and (not isinstance(work_dir, (str, os.PathLike)) or not os.fspath(work_dir)):
+        raise ValueError(f"work_dir={work_dir!r}: give a folder's path, or None")
+    if not isinstance(progress, bool):
+        raise ValueError(f"progress={progress!r}: must be True or False")
+    return Options(None if work_dir is None else Path(work_dir), parse_bytes(memory_budget), progress)
+
+
+def _check_used(options: Options, algorithms: Sequence[str], why: str) -> None:
+    """Options of algorithms are refused where none run."""
+    given = [name for name in ("work_dir", "memory_budget") if getattr(options, name) is not None]
+    if given and not algorithms:
+        raise ValueError(
+            f"{' and '.join(given)}: only algorithms use it, and {why}: leave it out, or name algorithms in the recipe"
+        )
+
+
+def _batch_count(limit: int, *sources: Any) -> int:
+    """How many batches there are, as far as can be known without reading them."""
+    for source in sources:
+        if hasattr(source, "__len__"):
+            with contextlib.suppress(TypeError, NotImplementedError):  # a DataLoader of a stream has no length
+                return max(min(limit, len(source)), 1)
+    return limit
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters share the storage of the original's: what changes gets storage of its own."""
+    shared = {
+        id(value): nn.Parameter(value.detach(), value.requires_grad) for value in module.parameters() if type(value) is nn.Parameter
+    }
+    return copy.deepcopy(module, shared)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -145,11 +213,43 @@ def _convert_trained(module: nn.Module, recipe: Any, dry_run: bool) -> Any:
     return converted
 
 
+def _random_states(*sources: Any) -> list[tuple[Callable[[Any], Any], Any]]:
+    """What shuffling and augmentation draw from in this process, each with the function that sets it and its state."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.random.set_rng_state, torch.random.get_rng_state()),
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+    ]
+    for loader in tree_leaves(sources, is_leaf=lambda value: isinstance(value, DataLoader)):
+        for owner in (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                states.append((generator.set_state, generator.get_state()))
+    return states
+
+
+def _repeatable(run: Callable[[], None], *sources: Any) -> Callable[[], None]:
+    """Every call starts from the random state of now, so every pass shuffles alike."""
+    states = _random_states(*sources)
+
+    def again() -> None:
+        for put, state in states:
+            put(state)
+        run()
+
+    return again
+
+
 @contextlib.contextmanager
 def _kept_rng() -> Iterator[None]:
     """Calibration draws from the user's random state (shuffling) and gives it back as it was."""
+    states = _random_states()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        yield
+        try:
+            yield
+        finally:
+            for put, state in states:
+                put(state)
 
 
 # --- where the data comes from --------------------------------------------------------------------------------------

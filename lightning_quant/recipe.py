@@ -76,6 +76,9 @@ class Recipe:
         weight_observer: of weight ranges; by default `minmax`, or `mse` for learned scales below 8 bits.
         weight_observer_options: its keyword arguments.
         algorithms: PTQ algorithms to run in order, keys of `ALGORITHMS`.
+        algorithm_options: algorithm -> its keyword arguments.
+        blocks: patterns, each naming the repeated blocks of one chain, for algorithms that go block by block; by default they are
+            found.
         fold: (module, BatchNorm) names to fold, instead of the pairs that are found; an empty list folds none.
         bits, group_size, symmetric, granularity: override the weight spec of `scheme`.
 
@@ -99,6 +102,8 @@ class Recipe:
     weight_observer: str | None
     weight_observer_options: dict[str, Any]
     algorithms: tuple[str, ...]
+    algorithm_options: dict[str, dict[str, Any]]
+    blocks: tuple[str, ...] | None
     fold: tuple[tuple[str, ...], ...] | None
 
     def __init__(
@@ -113,6 +118,8 @@ class Recipe:
         weight_observer: str | None = None,
         weight_observer_options: dict[str, Any] | None = None,
         algorithms: str | Sequence[str] = (),
+        algorithm_options: dict[str, dict[str, Any]] | None = None,
+        blocks: str | Sequence[str] | None = None,
         fold: Sequence[Sequence[str]] | None = None,
         bits: int | None = None,
         group_size: int | None = None,
@@ -140,6 +147,8 @@ class Recipe:
             "weight_observer": weight_observer,
             "weight_observer_options": dict(weight_observer_options or {}),
             "algorithms": _patterns(algorithms, "algorithms"),
+            "algorithm_options": {name: dict(options) for name, options in (algorithm_options or {}).items()},
+            "blocks": None if blocks is None else _patterns(blocks, "blocks"),
             "fold": None if fold is None else tuple(_patterns(pair, "fold") for pair in fold),
         }
         _patterns(values["schemes"], "schemes")  # type: ignore[arg-type]
@@ -164,6 +173,8 @@ class Recipe:
         plain["edges"] = self.edges and self.edges.to_dict()
         plain["schemes"] = {pattern: scheme and scheme.to_dict() for pattern, scheme in self.schemes.items()}
         plain["ignore"], plain["algorithms"] = list(self.ignore), list(self.algorithms)
+        plain["algorithm_options"] = {name: dict(options) for name, options in self.algorithm_options.items()}
+        plain["blocks"] = None if self.blocks is None else list(self.blocks)
         plain["fold"] = None if self.fold is None else [list(pair) for pair in self.fold]
         plain["observer_options"] = dict(self.observer_options)
         plain["weight_observer_options"] = dict(self.weight_observer_options)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_quant.fitting import INFO
 from lightning_quant.nn import PackedModule, Unsupported, find_entry
 from lightning_quant.nn.attention import PackedMultiheadAttention, disable_fast_path
 from lightning_quant.nn.base import EXTRA_STATE, FORMAT, described_modules
+from lightning_quant.nn.experts import UnfusedExperts, holds_experts
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantScheme
 from lightning_quant.surgery import ModelInfo, get_info, is_packed
@@ -214,7 +216,10 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
     described = described_modules(state, "packed")
     if not described:
         raise ValueError(f"{source} holds no packed modules")
+    unfused = _unfused(module, described)
     modules = dict(module.named_modules(remove_duplicate=False))
+    for name, experts in unfused.items():
+        modules.update({f"{name}.{path}": part for path, part in experts.named_modules(remove_duplicate=False) if path})
     built: dict[str, PackedModule] = {}
     by_id: dict[int, PackedModule] = {}  # a module may have several names
     problems: list[str] = []
@@ -236,11 +241,15 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
         prefix = f"{name}." if name else ""
         if f"{prefix}bias" in state and getattr(packed, "bias", 0) is None:  # came from a folded BatchNorm
             packed.register_parameter("bias", nn.Parameter(torch.empty_like(state[f"{prefix}bias"], device="meta")))
+        if f"{prefix}pre_scale" in state:
+            packed.add("pre_scale", torch.empty_like(state[f"{prefix}pre_scale"], device="meta"))
         packed._float_dtype = getattr(torch, told["dtype"])
         built[name] = by_id[id(modules[name])] = packed
     if problems:
         raise _not_the_model(source, module, problems)
     memo = _memo(module, modules, built, state)
+    for name, experts in unfused.items():
+        memo[id(modules[name])] = copy.deepcopy(experts, memo)
     model: nn.Module = copy.deepcopy(module, memo)
     for name, packed in built.items():
         if isinstance(packed, PackedMultiheadAttention):
@@ -248,6 +257,21 @@ def build_packed(module: nn.Module, state: dict[str, Tensor], source: str) -> nn
     _fill(model, state, source, module)
     disable_fast_path(model)
     return model.eval()
+
+
+def _unfused(module: nn.Module, described: Iterable[str]) -> dict[str, UnfusedExperts]:
+    """Fused experts whose layers are described one by one, taken apart; under each of their names."""
+    inside = {name[:end] for name in described for end, letter in enumerate(name) if letter == "."}
+    found: dict[str, UnfusedExperts] = {}
+    by_id: dict[int, UnfusedExperts] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if name in inside and holds_experts(part):
+            if id(part) not in by_id:
+                with contextlib.suppress(Unsupported):  # then the names are missing, and told
+                    by_id[id(part)] = UnfusedExperts(part)
+            if id(part) in by_id:
+                found[name] = by_id[id(part)]
+    return found
 
 
 def _memo(
@@ -259,9 +283,10 @@ def _memo(
         prefix = f"{name}." if name else ""
         if isinstance(part, _BatchNorm) and not any(key.startswith(prefix) for key in state):
             memo[id(part)] = nn.Identity()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if name in state:
-            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for owner, part in modules.items():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and (f"{owner}.{key}" if owner else key) in state:
+                memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     return memo
 
 

@@ -1,9 +1,9 @@
-"""What algorithms learn of a layer's inputs while calibration data passes."""
+"""What algorithms learn of layers' inputs while calibration data passes, in one pass for all that a recipe needs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,15 @@ from lightning_quant.calibration import all_reduce, has_ranks
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.nn import FakeModule
 
+# kind -> layer -> tensor
+Statistics = dict[str, dict[str, Tensor]]
+
+# rows of inputs that are kept as they are, of each layer
+SAMPLES = 512
+
+# kind -> how ranks merge it; "rows" are each rank's own
+KINDS = {"hessian": "sum", "total": "sum", "count": "sum", "low": "min", "high": "max", "rows": None}
+
 
 def weight_matrix(module: FakeModule) -> Tensor:
     """A layer's weight as `[channels, columns]`, float32."""
@@ -23,9 +32,9 @@ def weight_matrix(module: FakeModule) -> Tensor:
 
 @torch.no_grad()
 def put_weight_matrix(module: FakeModule, matrix: Tensor) -> None:
-    """Write `[channels, columns]` into a layer's weight."""
+    """Give a layer the weight `[channels, columns]`. The storage is a new one: another model may share the old."""
     axis, weight = module.weight_axes(module)["weight"], module.get_weight("weight")
-    weight.copy_(matrix.view(weight.movedim(axis, 0).shape).movedim(0, axis))
+    weight.data = matrix.view(weight.movedim(axis, 0).shape).movedim(0, axis).to(weight.dtype).contiguous()
 
 
 def why_no_rows(module: FakeModule) -> str:
@@ -58,50 +67,108 @@ def input_rows(module: FakeModule, x: Tensor) -> Tensor:
     return F.unfold(x, *sizes).transpose(1, 2).flatten(0, 1)
 
 
-@contextlib.contextmanager
-def hessians(modules: Mapping[str, FakeModule]) -> Iterator[dict[str, Tensor]]:
-    """Collect each layer's Hessian while it lasts: name -> float32 `[columns, columns]`, the sum of `x x^T`.
-
-    At its end the sums are those of all ranks. Layers that were not reached are left out. Where a layer's input is to be quantized,
-    it is the quantized input's.
-    """
+def _measure(module: FakeModule, x: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    last: list[Any] = [None, "", None]  # q, k and v of attention are given one tensor: its product is computed once
+    if why_no_rows(module):
+        return found
+    if "low" in kinds:
+        channels = x.detach().movedim(module.input_axis, -1).reshape(-1, x.shape[module.input_axis])
+        found["low"], found["high"] = (end.float() for end in torch.aminmax(channels, dim=0))
+    if {"hessian", "total", "rows"} & set(kinds):
+        rows = input_rows(module, x)
+        if "hessian" in kinds:
+            found["hessian"] = rows.T @ rows
+        found["total"], found["count"] = rows.sum(0), torch.tensor(float(len(rows)))
+        if "rows" in kinds:
+            found["rows"] = rows
+    return found
 
-    def see(name: str, module: FakeModule, x: Tensor) -> None:
-        kind = str(module.scheme.input)
-        if x is not last[0] or kind != last[1]:
-            rows = input_rows(module, _quantized(module, x))
-            last[:] = [x, kind, rows.T @ rows]
-        if name in found:
-            found[name].add_(last[2])
+
+def _merge(name: str, into: dict[str, dict[str, Tensor]], found: dict[str, Tensor], seen: int) -> None:
+    for kind, value in found.items():
+        kept = into.setdefault(kind, {})
+        if kind == "rows":  # as many of each batch: the kept ones are thinned out as more come
+            share = max(SAMPLES // seen, 1)
+            step = max(len(value) // share, 1)
+            fresh = value[step // 2 :: step][:share].clone()
+            old = kept.get(name)
+            kept[name] = fresh if old is None else torch.cat([old[:: -(-len(old) // max(SAMPLES - share, 1))], fresh])
+        elif name not in kept:
+            kept[name] = value.clone()
+        elif kind in ("low", "high"):
+            kept[name] = (torch.minimum if kind == "low" else torch.maximum)(kept[name], value)
         else:
-            found[name] = last[2].clone()
+            kept[name].add_(value)
 
-    handles = []
-    for name, module in modules.items():
-        if not why_no_rows(module):
 
-            def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                if x.numel():
-                    see(name, layer, x)
+@contextlib.contextmanager
+def collecting(
+    modules: Mapping[str, FakeModule], kinds: Collection[str], quantized: bool
+) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Learn of the layers' inputs while it lasts: kind -> layer -> tensor. Layers that were not reached are left out.
 
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    Sums, and smallest and largest values, are those of all ranks at its end.
+
+    Args:
+        modules: the layers by name.
+        kinds: `"hessian"`, float32 `[columns, columns]`, the sum of `x x^T` over rows x; `"total"` and `"count"`, the sum of rows
+            and their number; `"low"` and `"high"`, the range of each input channel; `"rows"`, some rows as they are.
+        quantized: whether a layer's own quantized input is meant, where its range is known.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    last: list[Any] = [None, "", None]  # q, k and v of attention are given one tensor, which is measured once
+    seen: dict[str, int] = {}
+
+    def hook(name: str, module: FakeModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+            return
+        own = f"{module.scheme.input} {why_no_rows(module)} {isinstance(module, _ConvNd)}"
+        if x is not last[0] or own != last[1]:
+            with torch.autocast(x.device.type, enabled=False):  # sums are float32 whatever the model runs in
+                last[:] = [x, own, _measure(module, _quantized(module, x) if quantized else x, kinds)]
+        seen[name] = seen.get(name, 0) + 1
+        _merge(name, found, last[2], seen[name])
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            if module.input_names != ("input",):
+                continue
+            see = lambda layer, args, kwargs, name=name: hook(name, layer, args, kwargs)  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
     if has_ranks():
-        for name in modules:
-            if name in found:
-                all_reduce(found[name], "sum")
+        _reduce(modules, kinds, found)
+
+
+def _reduce(modules: Mapping[str, FakeModule], kinds: Collection[str], found: dict[str, dict[str, Tensor]]) -> None:
+    """Merge over ranks; of what one rank has not reached it holds nothing yet."""
+    for name, module in modules.items():
+        if why_no_rows(module):
+            continue
+        device = next(module.parameters()).device
+        reached = torch.tensor(float(any(name in found.get(kind, {}) for kind in kinds)), device=device)
+        all_reduce(reached, "max")
+        for kind in [kind for kind in KINDS if kind in kinds and reached]:
+            mine = found.setdefault(kind, {}).get(name)
+            if mine is None:
+                mine = found[kind][name] = _nothing(module, kind).to(device)
+            if KINDS[kind] is not None:
+                all_reduce(mine, str(KINDS[kind]))
+
+
+def _nothing(module: FakeModule, kind: str) -> Tensor:
+    """What a rank contributes for a layer that its data has not reached."""
+    columns = weight_matrix(module).shape[1]
+    if kind in ("low", "high"):
+        channels = int(getattr(module, "in_channels", columns))
+        return torch.full((channels,), torch.inf if kind == "low" else -torch.inf)
+    return torch.zeros({"hessian": (columns, columns), "total": (columns,), "count": (), "rows": (0, columns)}[kind])
 
 
 def _quantized(module: FakeModule, x: Tensor) -> Tensor:
     quantizer = module.input_fake_quant
-    if not isinstance(quantizer, FakeQuantize):
+    if not isinstance(quantizer, FakeQuantize) or not (quantizer.spec.dynamic or quantizer.has_range):
         return x
     before, quantizer.quantizing = quantizer.quantizing, True
     try:

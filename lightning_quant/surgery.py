@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,12 +87,12 @@ def _setup(match: Match, recipe: Recipe, method: str, training: bool) -> Setup:
     )
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered."""
-    for parent in model.modules():
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, given by their ids, wherever these are registered."""
+    for parent in list(model.modules()) if new else ():
+        for name, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: bool = True) -> nn.Module:
@@ -109,10 +109,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
                 )
     modules, float_bytes = dict(model.named_modules()), model_bytes(model)
     folds = dict(plan.pairs)
+    replace_modules(model, {id(modules[name]): experts for name, experts in plan.unfused.items()})
     if not training:
         for producer, norm in folds.items():
             fold_norm(modules[producer], modules[norm])
-            replace_module(model, modules[norm], nn.Identity())
+        replace_modules(model, {id(modules[norm]): nn.Identity() for norm in folds.values()})
     for match in plan.matches:
         setup = _setup(match, plan.recipe, method, training)
         fake = make_fake(match.module, match.entry)
@@ -178,7 +179,7 @@ def prepare(
         >>> type(net[0]).__name__, isinstance(net[0], nn.Linear)
         ('FakeLinear', True)
     """
-    return apply_plan(model, plan_model(model, recipe, call), method=method, training=training)
+    return apply_plan(model, plan_model(model, recipe, call, training=training), method=method, training=training)
 
 
 def relink_norms(model: nn.Module) -> None:
@@ -217,16 +218,22 @@ def convert(model: nn.Module) -> nn.Module:
     """A packed copy of a prepared model, in eval mode; the prepared one is untouched.
 
     It computes what the prepared model computes in eval with fake quantization on. BatchNorms of folded pairs are gone.
+    Modules that are packed already are taken over as they are.
 
     Raises:
         ValueError: the model is not prepared.
         RuntimeError: an activation's range was never observed; the message names it.
     """
+    if not is_prepared(model):
+        raise ValueError("nothing to convert: prepare the model first (QATCallback, or quantize with a recipe)")
+    return pack_all(model)
+
+
+def pack_all(model: nn.Module) -> nn.Module:
+    """`convert`, also of a model whose prepared modules were all packed one by one."""
     fakes = fake_modules(model)
     relink_norms(model)
-    if not fakes:
-        raise ValueError("nothing to convert: prepare the model first (QATCallback, or quantize with a recipe)")
-    built: dict[int, nn.Module] = {}
+    built: dict[int, nn.Module] = {id(packed): packed for packed in packed_modules(model).values()}
     replaced: dict[int, Any] = {}
     pairs = []
     for fake in sorted(fakes.values(), key=lambda module: isinstance(module, FakeMultiheadAttention)):  # after their out_proj

@@ -34,6 +34,9 @@ class Trainer(L.Trainer):
         calibration_batches: int = 128,
         dry_run: bool = False,
         ckpt_path: str | os.PathLike[str] | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
+        memory_budget: int | str | None = None,
+        progress: bool = True,
     ) -> Any:
         """Quantize and pack a model; see `lightning_quant.quantize`, which does the same with `trainer=` in a plain Trainer.
 
@@ -45,6 +48,9 @@ class Trainer(L.Trainer):
             dry_run: return the `Summary` of what would be done, and do nothing.
             ckpt_path: whose weights to quantize, loaded into a copy of `model`: a float or QAT checkpoint's path, or `"best"` or
                 `"last"` of this Trainer's `ModelCheckpoint`. A QAT checkpoint brings its quantizers, recipe and ranges.
+            work_dir: a folder in which the recipe's algorithms keep what is done, so that a run that was killed goes on there.
+            memory_budget: how many bytes of activations algorithms keep in memory, such as `"500 MB"`; the rest goes to files.
+            progress: show a bar while algorithms run, where standard error is a terminal.
 
         Returns:
             the packed model, a new object in eval mode.
@@ -67,6 +73,9 @@ class Trainer(L.Trainer):
             trainer=self,
             calibration_batches=calibration_batches,
             dry_run=dry_run,
+            work_dir=work_dir,
+            memory_budget=memory_budget,
+            progress=progress,
         )
 
     def _restored(self, model: L.LightningModule, ckpt_path: str | os.PathLike[str]) -> L.LightningModule:

@@ -20,21 +20,25 @@ ROOT = Path(lightning_quant.__file__).parent
 ORDER = [
     *("spec", "recipe"),
     *("numerics", "packing", "sharding"),
-    *("observers", "fake_quant"),
+    *("grids", "observers", "fake_quant"),
     *("kernels.reference", "kernels.*", "kernels"),
     *("nn.base", "nn.packed", "nn.fake", "nn.folding", "nn.linear"),
     *("nn.conv", "nn.embedding", "nn.rnn", "nn.attention", "nn.transformers_conv1d"),
-    *("nn.lora", "nn"),
-    *("fold", "plan", "fitting", "surgery", "calibration", "blocks", "statistics"),
-    *("algorithms.*", "algorithms", "sensitivity", "qlora", "serialization", "export.*", "export", "report", "plots"),
-    "pipeline",
-    *("loop", "quantize", "compare", "checkpoint", "companions", "callbacks.*", "callbacks", "precision", "trainer"),
+    *("nn.experts", "nn.lora", "nn"),
+    *("fold", "rescaling", "pairs", "plan", "fitting", "surgery", "calibration", "activations", "blocks", "statistics", "outputs"),
+    *("scaling", "algorithms.base", "algorithms.ranges", "algorithms.reconstruction"),
+    *("algorithms.*", "algorithms", "qlora", "serialization", "export.*", "export", "report", "mixed", "allocate", "plots"),
+    *("distributions", "samples", "watching", "chance", "coverage"),
+    *("passes", "work", "sequential", "preflight", "pipeline"),
+    *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
+    *("companions", "callbacks.*", "callbacks", "precision", "trainer"),
     *("cli", "__main__", ""),
 ]
 MAY_IMPORT_LIGHTNING = [
-    *("loop", "quantize", "compare", "checkpoint", "companions", "callbacks", "callbacks.*", "precision", "trainer", "cli", "")
+    *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
+    *("companions", "callbacks", "callbacks.*", "precision", "trainer", "cli", ""),
 ]
-OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors"}
+OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors", "matplotlib"}
 
 
 def module_name(path: Path) -> str:

@@ -1,37 +1,34 @@
-"""The table of PTQ algorithms, and what one looks like.
-
-An algorithm is a function on a calibrated model: it edits float weights (a transform), their ranges, or puts them on the grid (a
-rounder), and leaves the rest to `convert`, which rounds to nearest. Recipes name the ones to run, in order.
-"""
+"""The table of PTQ algorithms. Recipes name the ones to run, in order; without any, weights are rounded to nearest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from lightning_quant.algorithms.adaround import ADAROUND
+from lightning_quant.algorithms.autoround import AUTOROUND
+from lightning_quant.algorithms.awq import AWQ
+from lightning_quant.algorithms.base import Algorithm, check_options, check_order
+from lightning_quant.algorithms.bias_correction import BIAS_CORRECTION
+from lightning_quant.algorithms.equalization import EQUALIZATION
+from lightning_quant.algorithms.gptq import GPTQ
+from lightning_quant.algorithms.smoothquant import SMOOTHQUANT
+from lightning_quant.recipe import Recipe
 
-from torch import nn
+ALGORITHMS: dict[str, Algorithm] = {
+    "equalization": EQUALIZATION,
+    "smoothquant": SMOOTHQUANT,
+    "awq": AWQ,
+    "gptq": GPTQ,
+    "adaround": ADAROUND,
+    "autoround": AUTOROUND,
+    "bias_correction": BIAS_CORRECTION,
+}
 
-from lightning_quant.algorithms.gptq import apply_gptq
 
+def get_algorithms(recipe: Recipe) -> dict[str, Algorithm]:
+    """The algorithms of a recipe by name, in its order.
 
-class Algorithm(Protocol):
-    """One PTQ algorithm.
-
-    Args:
-        model: prepared, its ranges calibrated; edited in place.
-        run: passes the calibration data through the model; a batch ends where a hook raises `calibration.Enough`.
+    Raises:
+        ValueError: an unknown name or option, or an order that cannot work; the message lists what is valid.
     """
-
-    def __call__(self, model: nn.Module, run: Callable[[], None]) -> None: ...
-
-
-ALGORITHMS: dict[str, Algorithm] = {"gptq": apply_gptq}
-
-
-def get_algorithms(names: Sequence[str]) -> list[Algorithm]:
-    """The algorithms of a recipe; a wrong name lists the valid ones."""
-    for name in names:
-        if name not in ALGORITHMS:
-            valid = ", ".join(ALGORITHMS) or "none but round-to-nearest, which is what an empty list means"
-            raise ValueError(f"unknown algorithm {name!r}; valid: {valid}")
-    return [ALGORITHMS[name] for name in names]
+    check_order(recipe.algorithms, ALGORITHMS)
+    check_options(recipe, ALGORITHMS)
+    return {name: ALGORITHMS[name] for name in recipe.algorithms}

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_quant.blocks import walk
-from lightning_quant.calibration import evaluating
-from lightning_quant.fake_quant import FakeQuantize
-from lightning_quant.nn import FakeModule
-from lightning_quant.numerics import dequantize, from_groups, qrange, to_groups
-from lightning_quant.numerics import quantize as quantize_codes
+from lightning_quant.algorithms.base import Algorithm, suited, weight_quantizer, weight_spec
+from lightning_quant.blocks import Unit
+from lightning_quant.grids import nearest, output_error, refine_scale, search_qparams
+from lightning_quant.numerics import from_groups, qrange, to_groups
 from lightning_quant.spec import QuantSpec
-from lightning_quant.statistics import hessians, put_weight_matrix, weight_matrix, why_no_rows
-from lightning_quant.surgery import get_info
-
-
-def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
-    """The squared error of each output channel over the calibration data, `[channels]`: the diagonal of `D H D^T`.
-
-    Args:
-        weight, rounded: `[channels, columns]`.
-        hessian: `[columns, columns]`, the sum of `x x^T`.
-    """
-    difference = weight - rounded
-    return ((difference @ hessian) * difference).sum(dim=1)
+from lightning_quant.statistics import put_weight_matrix, weight_matrix
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -52,7 +38,7 @@ def gptq(
     spec: QuantSpec,
     *,
     damp: float = 0.01,
-    block_size: int = 128,
+    block_size: int = 64,
 ) -> Tensor:
     """Put a weight matrix on the grid of given qparams with little error in the layer's output.
 
@@ -81,79 +67,126 @@ def gptq(
         <...>
         >>> weight, x, spec = torch.randn(4, 16), torch.randn(64, 16) @ torch.randn(16, 16), QuantSpec(3)
         >>> qparams = calc_qparams(weight.amin(1, True), weight.amax(1, True), spec)
-        >>> nearest = dequantize(quantize_codes(weight, *qparams, spec), *qparams, spec)
         >>> rounded = gptq(weight, x.T @ x, *qparams, spec)
-        >>> bool((x @ (weight - rounded).T).norm() < (x @ (weight - nearest).T).norm())
+        >>> bool((x @ (weight - rounded).T).norm() < (x @ (weight - nearest(weight, *qparams, spec)).T).norm())
         True
     """
-    nearest = dequantize(quantize_codes(weight, scale, zero_point, spec), scale, zero_point, spec)
+    plain = nearest(weight, scale, zero_point, spec)
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     if bool(dead.all()):
-        return nearest
+        return plain
     order = torch.argsort(diagonal, descending=True)
 
     def spread(values: Tensor) -> Tensor:
-        """One value a column, in the new order."""
+        """One value a column, `[columns, channels]` in the new order."""
         rows = to_groups(weight, spec)
-        return from_groups(values.float().reshape(-1, 1).expand(rows.shape), weight.shape, spec)[:, order]
+        return from_groups(values.float().reshape(-1, 1).expand(rows.shape), weight.shape, spec).T[order].contiguous()
 
-    scales, zeros = spread(scale), spread(zero_point)
-    inverse_scales = 1.0 / scales
-    qmin, qmax = qrange(spec)
-    work = torch.where(dead, nearest, weight)[:, order]
     live = hessian.clone()
     live.diagonal()[dead] = diagonal[~dead].mean()
     upper = _inverse_factor(live[order][:, order], damp)
-    out = torch.empty_like(work)
-    columns = work.shape[1]
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block, errors = work[:, start:stop].clone(), torch.empty_like(work[:, start:stop])
-        factor = upper[start:stop, start:stop]
-        for index in range(stop - start):
-            at, column = start + index, block[:, index]
-            codes = (column * inverse_scales[:, at]).round_().add_(zeros[:, at]).clamp_(qmin, qmax)
-            out[:, at] = codes.sub_(zeros[:, at]).mul_(scales[:, at])
-            errors[:, index] = (column - out[:, at]) / factor[index, index]
-            block[:, index + 1 :].addr_(errors[:, index], factor[index, index + 1 :], alpha=-1)
-        work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    work = torch.where(dead, plain, weight).T[order].contiguous()  # a column of the weight is a row here: contiguous
+    out = _round_columns(work, upper, spread(scale), spread(zero_point), qrange(spec), block_size)
     rounded = torch.empty_like(out)
-    rounded[:, order] = out
-    better = output_error(weight, rounded, hessian) < output_error(weight, nearest, hessian)
-    return torch.where(better[:, None], rounded, nearest)
+    rounded[order] = out
+    rounded = rounded.T.contiguous()
+    better = output_error(weight, rounded, hessian) < output_error(weight, plain, hessian)
+    return torch.where(better[:, None], rounded, plain)
 
 
-def apply_gptq(model: nn.Module, run: Callable[[], None]) -> None:
-    """Round a prepared model's weights with GPTQ, block after block, each on the inputs that the rounded ones before it produce.
+def _round_columns(work: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, limits: tuple[int, int], block_size: int) -> Tensor:
+    """The loop of section 3.3: `work` `[columns, channels]`, of which each column takes over the errors of those before it."""
+    inverse_scales, out = 1.0 / scales, torch.empty_like(work)
+    for start in range(0, len(work), block_size):
+        stop = min(start + block_size, len(work))
+        errors, factor = torch.empty_like(work[start:stop]), upper[start:stop, start:stop].contiguous()
+        reciprocals = (1.0 / factor.diagonal()).tolist()
+        for index in range(stop - start):
+            at = start + index
+            column, value = work[at], out[at]
+            torch.mul(column, inverse_scales[at], out=value)
+            value.round_().add_(zeros[at]).clamp_(*limits).sub_(zeros[at]).mul_(scales[at])
+            torch.sub(column, value, out=errors[index]).mul_(reciprocals[index])
+            work[at + 1 : stop].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return out
 
-    Layers for which it cannot be done (other types, grouped convolutions, codes that are no integers, never reached by the
-    calibration data) are rounded to nearest and noted in `lq.summary`.
+
+@torch.no_grad()
+def gptq_with_ranges(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    *,
+    search: bool,
+    refine: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ that may clip ranges before, and fit scales to the codes after; a channel for which it is no gain keeps what was given.
 
     Args:
-        model: prepared with `training=False`, ranges of static activations found; its weights are put on the grid in place.
-        run: passes the calibration data through `model`.
+        weight, hessian, scale, zero_point, spec: as in `gptq`.
+        search: see `search_qparams`.
+        refine: see `refine_scale`.
+        options: of `gptq`.
+
+    Returns:
+        the rounded weight, and the scale and zero point whose grid it is on. No channel's output error is larger than that of
+        rounding to nearest with the scale and zero point given.
     """
-    info = get_info(model)
+    plain = nearest(weight, scale, zero_point, spec)
+    own = spec.granularity in ("channel", "group")
+    found = search_qparams(weight, hessian, spec, ends=False) if search and own else (scale, zero_point)
+    rounded = gptq(weight, hessian, *found, spec, **options)
+    if refine and own:
+        scales = refine_scale(weight, hessian, *found, rounded, spec)
+        rounded = _with_scale(rounded, found[0], scales, spec)
+        found = (scales, found[1])
+    if not own:
+        return rounded, scale, zero_point
+    better = output_error(weight, rounded, hessian) < output_error(weight, plain, hessian)
+    rounded = torch.where(better[:, None], rounded, plain)
+    return rounded, torch.where(better[:, None], found[0], scale), torch.where(better[:, None], found[1], zero_point)
 
-    def visit(modules: dict[str, FakeModule], replay: Callable[[], None]) -> None:
-        with hessians(modules) as found:
-            replay()
-        for name, module in modules.items():
-            spec, reason = module.scheme.weight, why_no_rows(module)
-            assert spec is not None
-            if not spec.is_int or spec.flat_groups:
-                reason = f"not for {spec.dtype}"
-            if not reason and name not in found:
-                reason = "calibration has not reached it"
-            if reason and info is not None:
-                info.notes[name] = "; ".join(filter(None, (info.notes.get(name), f"gptq: rounded to nearest, {reason}")))
-            if reason:
-                continue
-            quantizer = module.weight_fake_quant
-            assert isinstance(quantizer, FakeQuantize)
-            scale, zero_point = quantizer.qparams()
-            put_weight_matrix(module, gptq(weight_matrix(module), found.pop(name), scale, zero_point, spec))
 
-    with evaluating(model):
-        walk(model, run, visit)
+def _with_scale(rounded: Tensor, before: Tensor, after: Tensor, spec: QuantSpec) -> Tensor:
+    """The same codes times other scales, `[channels, groups]`."""
+    size = spec.group_size or rounded.shape[1]
+    one, two = (scale.repeat_interleave(size, dim=1)[:, : rounded.shape[1]] for scale in (before, after))
+    return (rounded / one).round_().mul_(two)
+
+
+def apply_gptq(
+    unit: Unit, *, damp: float = 0.01, block_size: int = 64, search: bool | None = None, refine: bool | None = None
+) -> None:
+    """Round a unit's weights with GPTQ. Layers for which it cannot be done are rounded to nearest, and noted in `lq.summary`.
+
+    Args:
+        damp: added to the diagonal of a layer's Hessian, as a part of its mean.
+        block_size: columns whose updates are applied to the rest together.
+        search: clip each group's range beforehand, where that lessens the output error; None: below 4 bits, where it pays.
+        refine: fit the scales to the codes afterwards, by least squares; None: below 4 bits.
+    """
+    for name, module in suited(unit, "gptq: rounded to nearest", "hessian").items():
+        quantizer, spec, hessian = weight_quantizer(module), weight_spec(module), unit.statistics["hessian"].pop(name)
+        few = spec.bits < 4
+        qparams = quantizer.qparams()
+        weight = weight_matrix(module)
+        rounded, scale, zero_point = gptq_with_ranges(
+            weight,
+            hessian,
+            *qparams,
+            spec,
+            search=few if search is None else search,
+            refine=few if refine is None else refine,
+            damp=damp,
+            block_size=block_size,
+        )
+        quantizer.set_qparams(scale, zero_point)
+        put_weight_matrix(module, rounded)
+
+
+GPTQ = Algorithm(apply_gptq, "rounder", ("hessian",))

@@ -23,11 +23,16 @@ class FakeModule(QuantizedModule):
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     # the BatchNorm folded into this module, in a list: owned elsewhere, not a submodule here
     folded_norm: list[nn.Module]
+    # what the input is multiplied by before it is quantized, [input features]: SmoothQuant and AWQ, where no layer takes it over
+    pre_scale: nn.Parameter | None
     setup: Setup
+    # whether the weights are on their grids for good
+    settled = False
 
     def attach(self, setup: Setup) -> None:
         """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
         self.setup, self.scheme, self.folded_norm = setup, setup.scheme, []
+        self.register_parameter("pre_scale", None)
         assert setup.scheme.weight is not None
         learned = setup.method == "lsq"
         device = next(iter(self.parameters())).device
@@ -83,7 +88,14 @@ class FakeModule(QuantizedModule):
 
     def fake_input(self, x: Tensor, name: str = "input") -> Tensor:
         quantizer = getattr(self, f"{name}_fake_quant")
+        if self.pre_scale is not None and name == "input":
+            x = x * self.pre_scale.to(x.dtype)
         return x if quantizer is None else quantizer(x)
+
+    def scale_input(self, factor: Tensor) -> None:
+        """From now on multiply the input by a factor, `[input features]`, before it is quantized."""
+        before = 1.0 if self.pre_scale is None else self.pre_scale
+        self.pre_scale = nn.Parameter((before * factor).to(self.get_weight("weight").dtype), requires_grad=False)
 
     def fake_output(self, x: Tensor) -> Tensor:
         return self.fake_input(x, "output")
@@ -135,6 +147,21 @@ class FakeModule(QuantizedModule):
                     packed.put_activation(name, *quantizer.qparams())
             self._fill(packed)
         return packed
+
+    @torch.no_grad()
+    def settle(self, packed: PackedModule) -> None:
+        """Take over what was packed: weights on their grids, no longer quantized in each pass, and activations' ranges."""
+        self.settled = True
+        if packed._parameters.get("pre_scale") is not None:
+            self.pre_scale = nn.Parameter(packed.pre_scale.detach().clone(), requires_grad=False)
+        for name in self.weight_axes(self):
+            weight = self.get_weight(name)
+            weight.data = packed.dequantized_weight(name).to(weight.dtype)
+            getattr(self, f"{name}_fake_quant").quantizing = False
+        for name in (*self.input_names, "output"):
+            quantizer = getattr(self, f"{name}_fake_quant")
+            if quantizer is not None and not quantizer.spec.dynamic:
+                quantizer.set_qparams(getattr(packed, f"{name}_scale"), getattr(packed, f"{name}_zero_point"))
 
     def _fill(self, packed: PackedModule) -> None:
         """Copy the float tensors that the packed module keeps."""

@@ -38,13 +38,14 @@ class PackedModule(QuantizedModule):
 
     Parameters, none of which requires a gradient: `<weight>_packed` int32 `[channels, words]`, `<weight>_scale` float32,
     `<weight>_zero_point` (packed along the channels; only asymmetric), `<weight>_shape`, and `input_scale`,
-    `input_zero_point` and the same of the output if static.
+    `input_zero_point` and the same of the output if static; `pre_scale` `[input features]` if the input is rescaled.
     """
 
     kind = "packed"
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     optional_float: ClassVar[tuple[str, ...]] = ("bias",)
     _float_dtype: torch.dtype
+    pre_scale: nn.Parameter
     spec_args: tuple[str, str]  # the weight's and the input's spec as the operators take them
 
     @classmethod
@@ -89,7 +90,16 @@ class PackedModule(QuantizedModule):
             self.add(f"{name}_zero_point", torch.empty(size, dtype=torch.int32, device=device))
         self.add(f"{name}_shape", torch.tensor(shape, dtype=torch.int64, device=device))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        scale = state_dict.get(f"{prefix}pre_scale")
+        if scale is not None and self._parameters.get("pre_scale") is None:  # a float skeleton does not tell of it
+            self._parameters["pre_scale"] = nn.Parameter(torch.empty_like(scale), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _allocate_float(self, module: nn.Module, device: Any) -> None:
+        scale = module._parameters.get("pre_scale")
+        if scale is not None:
+            self.add("pre_scale", torch.empty_like(scale, device=device))
         for name in self.optional_float:
             value = getattr(module, name, None)
             self.__dict__.pop(name, None)  # nn.MultiheadAttention has a plain None here
@@ -99,6 +109,8 @@ class PackedModule(QuantizedModule):
                 self.register_parameter(name, nn.Parameter(torch.empty_like(value, device=device), value.requires_grad))
 
     def copy_float(self, module: nn.Module) -> None:
+        if self._parameters.get("pre_scale") is not None:
+            self.pre_scale.copy_(module.pre_scale)  # type: ignore[arg-type]
         for name in self.optional_float:
             if getattr(self, name) is not None:
                 getattr(self, name).copy_(getattr(module, name))
@@ -142,7 +154,10 @@ class PackedModule(QuantizedModule):
         return getattr(self, f"{name}_scale", None), getattr(self, f"{name}_zero_point", None)
 
     def cast_input(self, x: Tensor) -> Tensor:
-        """Under autocast the operators compute in its dtype, as torch's own linear and convolution do."""
+        """The input as the operators take it: times `pre_scale`, if there is one, and in autocast's dtype, as torch has it."""
+        scale = self._parameters.get("pre_scale")
+        if scale is not None:
+            x = x * scale.to(x.dtype)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.is_floating_point():
             return x.to(torch.get_autocast_dtype(kind))

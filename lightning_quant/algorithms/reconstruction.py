@@ -1,0 +1,135 @@
+"""What learned rounding shares: gradients of the error of a unit's output in its layers' rounded weights."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.algorithms.base import suited, weight_quantizer
+from lightning_quant.blocks import Unit
+from lightning_quant.calibration import all_reduce, has_ranks
+from lightning_quant.nn import FakeModule
+from lightning_quant.statistics import put_weight_matrix
+
+
+@contextlib.contextmanager
+def trainable(unit: Unit, modules: dict[str, FakeModule]) -> Iterator[dict[str, nn.Parameter]]:
+    """The weights of these modules take gradients, and are given from outside; all else in the unit is quantized."""
+    before = [(value, value.requires_grad) for value in unit.root.parameters()]
+    weights = {}
+    for value, _ in before:
+        value.requires_grad = False
+    for name, module in unit.modules.items():
+        if name in modules:
+            weight = module.get_weight("weight")
+            assert isinstance(weight, nn.Parameter)
+            weight.requires_grad = True
+            weights[name] = weight
+        for _, part in module.quantizers():
+            part.quantizing = not (part.is_weight and name in modules)
+    try:
+        yield weights
+    finally:
+        for value, required in before:
+            value.requires_grad_(required).grad = None
+
+
+def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of that name for autocast; of `"auto"` bfloat16 where the device multiplies it natively, else none.
+
+    Raises:
+        ValueError: not the name of a floating dtype.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.bfloat16 if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")) else None
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
+        raise ValueError(f"dtype {name!r} is no floating dtype; valid: 'auto', 'bfloat16', 'float16', None")
+    return found
+
+
+def enough_batches(unit: Unit, positions: int = 512) -> int:
+    """How many batches hold so many tokens, pixels, or whatever a unit's layers are applied to."""
+    assert unit.calls is not None
+    hidden = unit.calls.hidden[0]
+    channels = hidden.shape[1 if hidden.dim() > 3 else -1]
+    return max(-(-positions * channels // max(hidden.numel(), 1)), 1)
+
+
+def choose_batches(unit: Unit, samples: int, iterations: int) -> Iterator[list[int]]:
+    """Which batches each iteration sees: all in a random order, then all anew. The same in every run."""
+    assert unit.calls is not None
+    generator = torch.Generator().manual_seed(zlib.crc32(unit.name.encode()))
+    order: list[int] = []
+    for _ in range(iterations):
+        while len(order) < min(samples, len(unit.calls)):
+            order += torch.randperm(len(unit.calls), generator=generator).tolist()
+        yield order[:samples]
+        order = order[samples:]
+
+
+def gradients(unit: Unit, weights: dict[str, nn.Parameter], batches: list[int], dtype: torch.dtype | None) -> float:
+    """Leave the gradients of the mean squared error of the unit's output in the weights, over all ranks; returns the error."""
+    assert unit.targets is not None
+    total = 0.0
+    for weight in weights.values():
+        weight.grad = None
+    for index in batches:
+        target = unit.targets[index]
+        context = torch.autocast(target.device.type, dtype) if dtype is not None else contextlib.nullcontext()
+        with torch.enable_grad(), context:
+            loss = (unit.output(index).float() - target.float()).square().mean() / len(batches)
+        loss.backward()
+        total += loss.item()
+    if has_ranks():
+        for weight in weights.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            all_reduce(weight.grad, "sum")
+        shared = torch.tensor(total)
+        all_reduce(shared, "sum")
+        total = shared.item()
+    return total
+
+
+def output_distance(unit: Unit, batches: list[int], dtype: torch.dtype | None) -> float:
+    """The mean squared error of the unit's output as it is now, over all ranks."""
+    assert unit.targets is not None
+    total = torch.zeros(())
+    with torch.no_grad():
+        for index in batches:
+            target = unit.targets[index]
+            with torch.autocast(target.device.type, dtype) if dtype is not None else contextlib.nullcontext():
+                total += (unit.output(index).float() - target.float()).square().mean().cpu() / len(batches)
+    if has_ranks():
+        all_reduce(total, "sum")
+    return total.item()
+
+
+def as_matrix(module: FakeModule, grad: Tensor) -> Tensor:
+    return grad.float().movedim(module.weight_axes(module)["weight"], 0).flatten(1)
+
+
+def finish(modules: dict[str, FakeModule], results: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    for name, module in modules.items():
+        rounded, scale, zero_point = results[name]
+        quantizer = weight_quantizer(module)
+        quantizer.set_qparams(scale, zero_point.to(torch.int32))
+        put_weight_matrix(module, rounded)
+
+
+def reached(unit: Unit, what: str) -> dict[str, FakeModule]:
+    """The layers to learn: those that are a matrix of integer codes and get a gradient."""
+    modules = suited(unit, what)
+    if unit.calls is None or not len(unit.calls):
+        for name in modules:
+            unit.note(name, f"{what}, calibration has not reached it")
+        return {}
+    return modules
