@@ -43,10 +43,10 @@ CHOICES: dict[str, list[list[str]]] = {
     "w4a4": [
         *([], ["equalization"], ["bias_correction"], ["equalization", "bias_correction"]),
         *(["gptq"], ["gptq", "bias_correction"], ["adaround"], ["adaround", "bias_correction"]),
-        *(["equalization", "adaround"], ["autoround"], ["autoround", "bias_correction"]),
+        *(["autoround"], ["autoround", "bias_correction"]),
     ],
     "w4a8, weights per tensor": [
-        *([], ["equalization"], ["equalization", "bias_correction"], ["adaround"], ["equalization", "adaround"]),
+        *([], ["equalization"], ["equalization", "bias_correction"], ["equalization", "adaround", "bias_correction"]),
     ],
 }
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="float weights; default: DATA/cifar10/resnet20-float.safetensors")
-    parser.add_argument("--epochs", type=int, default=4, help="of training, if the checkpoint does not exist")
+    parser.add_argument("--epochs", type=int, default=2, help="of training, if the checkpoint does not exist")
     parser.add_argument("--only", default="", help="rows whose name this regular expression is in")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from lightning_quant.passes import Passes
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.preflight import Estimate, check_layers, check_memory, estimate, measure, note_large_groups, survey
 from lightning_quant.recipe import Recipe
-from lightning_quant.sequential import Options, has_transforms, input_path, run_algorithms, untie_floats
+from lightning_quant.sequential import Options, has_transforms, input_path, run_algorithms, transform_whole, untie_floats
 from lightning_quant.surgery import apply_plan, fake_modules, pack_all
 from lightning_quant.work import Work
 
@@ -99,6 +99,7 @@ def _run_algorithms(
     untie_floats(model)
     layout, seen = survey(model, recipe, example)
     check_memory(estimate(model, recipe, layout, seen, batches, options))
+    transform_whole(model, recipe, run, example)
     data = (0, 0)
     if options.work_dir is not None or input_path(algorithms) == "both":
         run = passes = Passes(model, run, example)
@@ -106,7 +107,7 @@ def _run_algorithms(
     work = Work(options.work_dir, model, recipe, data)
     if needs_data(model) and not has_transforms(algorithms):  # else ranges are found after the transforms
         _find_ranges(model, run)
-    run_algorithms(model, recipe, run, layout, work, options)
+    run_algorithms(model, recipe, run, example, layout, work, options)
 
 
 def estimate_model(model: nn.Module, recipe: Recipe, example: Callable[[], Any], batches: int, options: Options) -> Estimate:

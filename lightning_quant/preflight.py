@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_quant.activations import available_memory, format_bytes
 from lightning_quant.algorithms import Algorithm, get_algorithms
 from lightning_quant.algorithms.base import suited
-from lightning_quant.blocks import Layout, Unit, find_layout
+from lightning_quant.blocks import Unit
+from lightning_quant.layout import Layout, find_layout
 from lightning_quant.nn import FakeModule
 from lightning_quant.plan import Plan, tensor_bytes
 from lightning_quant.recipe import Recipe
@@ -24,7 +25,6 @@ from lightning_quant.report import Summary
 from lightning_quant.sequential import Options, has_transforms, input_path, statistics_kinds
 from lightning_quant.statistics import SAMPLES, why_no_rows
 from lightning_quant.surgery import fake_modules
-
 
 # an algorithm's options, defaults among them
 Settings = Mapping[str, Any]
@@ -35,20 +35,20 @@ class Cost:
     """What one algorithm takes beside the passes that hand activations on.
 
     Args:
-        passes: of the blocks over the calibration data; from its options, the number of batches, and the positions (tokens, pixels)
-            of one.
+        passes: of the blocks over the calibration data; from its options, the number of batches, the positions (tokens, pixels) of
+            one, and the layers of a unit.
         work: floating-point operations for a weight matrix of so many rows and columns, at the rate of the model's own.
         memory: bytes that it holds for such a matrix while it works.
         together: whether it holds them for all layers of a unit at once.
     """
 
-    passes: Callable[[Settings, int, int], float]
+    passes: Callable[[Settings, int, int, float], float]
     work: Callable[[int, int, Settings], float]
     memory: Callable[[int, int], float]
     together: bool = False
 
 
-def _learning(options: Settings, batches: int, positions: int) -> float:
+def _learning(options: Settings, batches: int, positions: int, layers: float) -> float:
     """Passes of learned rounding: a step is a forward and a backward pass over some batches, by default over 512 positions."""
     chosen = options["batches"] or -(-512 // max(positions, 1))
     return 3.0 * options["iterations"] * min(chosen, batches) / batches + 1
@@ -57,22 +57,22 @@ def _learning(options: Settings, batches: int, positions: int) -> float:
 # fitted to runs on a CPU: float32 Llamas of 0.1 to 15 million parameters, 2,000 to 24,000 tokens
 COSTS: dict[str, Cost] = {
     "smoothquant": Cost(
-        lambda options, batches, positions: 0.6,
+        lambda *_: 0.6,
         lambda rows, columns, options: (options["steps"] + 2) * rows * columns * (2.0 * SAMPLES + 500),
         lambda rows, columns: 16.0 * rows * columns,
     ),
     "awq": Cost(
-        lambda options, batches, positions: 1.0,
+        lambda *_: 1.0,
         lambda rows, columns, options: rows * columns * (2 * options["steps"] * (2.0 * columns + 100) + 20_000),
         lambda rows, columns: 16.0 * rows * columns + 4.0 * columns**2,
     ),
     "gptq": Cost(
-        lambda options, batches, positions: 0.8,
+        lambda *_: 0.8,
         lambda rows, columns, options: 12.0 * columns**3 + 4.0 * rows * columns**2 + 2500.0 * rows * columns,
         lambda rows, columns: 20.0 * columns**2 + 20.0 * rows * columns,
     ),
     "adaround": Cost(
-        lambda options, batches, positions: _learning(options, batches, positions) + 3,
+        lambda *args: _learning(*args) + 3,
         lambda rows, columns, options: 1500.0 * rows * columns * options["iterations"],
         lambda rows, columns: 36.0 * rows * columns,
         together=True,
@@ -82,6 +82,12 @@ COSTS: dict[str, Cost] = {
         lambda rows, columns, options: 300.0 * rows * columns * options["iterations"],
         lambda rows, columns: 28.0 * rows * columns,
         together=True,
+    ),
+    "equalization": Cost(lambda *_: 0.1, lambda rows, columns, options: 2000.0 * rows * columns, lambda rows, columns: 0.0),
+    "bias_correction": Cost(
+        lambda options, batches, positions, layers: 2.0 * layers,
+        lambda rows, columns, options: 0.0,
+        lambda rows, columns: 0.0,
     ),
 }
 # of all else: code, buffers of the libraries that multiply, and what the allocator does not give back
@@ -279,8 +285,9 @@ def _seconds(
     fakes, settings = fake_modules(model), _settings(recipe, algorithms)
     known = {name: COSTS[name] for name in algorithms if name in COSTS}
     positions = max((seen.operations[name] / (2 * math.prod(_shape(fakes[name]))) for name in seen.operations), default=1)
+    layers = len(fakes) / max(layout.count(input_path(algorithms) == "both"), 1)
     passes = 1.0 if input_path(algorithms) == "float" else 2.0
-    passes += sum(cost.passes(settings[name], batches, int(positions)) for name, cost in known.items())
+    passes += sum(cost.passes(settings[name], batches, int(positions), layers) for name, cost in known.items())
     blocks = sum(seen.seconds(chain.blocks[0], chain.blocks[-1]) for chain in layout.chains)
     static = any(module.scheme.needs_data for module in fakes.values()) and not has_transforms(algorithms)
     full = sum(bool(names) for names in layout.others) + static

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from lightning_quant.blocks import Unit
+from lightning_quant.calibration import has_ranks
 from lightning_quant.nn import FakeModule
 from lightning_quant.pairs import find_pairs
 from lightning_quant.rescaling import Pair, channels, scale_pair
@@ -78,7 +80,12 @@ def _pairs(unit: Unit) -> list[Pair]:
     key = (type(unit.root), tuple((name, tuple(value.shape)) for name, value in unit.root.named_parameters()))
     known = unit.shared.get(key)
     if known is None or not _hold(unit.root, known, run):
-        unit.shared[key] = known = find_pairs(unit.root, run)
+        known = find_pairs(unit.root, run)
+    if has_ranks():  # each has a batch of its own
+        shared = [known]
+        dist.broadcast_object_list(shared, 0)
+        known = shared[0]
+    unit.shared[key] = known
     return known
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from tqdm import tqdm
 from lightning_quant.activations import Budget
 from lightning_quant.algorithms import Algorithm, get_algorithms
 from lightning_quant.algorithms.ranges import find_ranges
-from lightning_quant.blocks import Layout, Unit, units
 from lightning_quant.blocks import Path as InputPath
+from lightning_quant.blocks import Unit, units
 from lightning_quant.calibration import has_ranks
 from lightning_quant.fitting import add_notes
+from lightning_quant.layout import Layout
 from lightning_quant.nn import FakeModule, PackedModule
 from lightning_quant.nn.experts import make_unreached_dynamic
+from lightning_quant.outputs import summing_outputs
 from lightning_quant.recipe import Recipe
 from lightning_quant.scaling import find_groups
 from lightning_quant.statistics import collecting
@@ -55,7 +59,7 @@ def input_path(algorithms: Mapping[str, Algorithm]) -> InputPath:
 
 def has_transforms(algorithms: Mapping[str, Algorithm]) -> bool:
     """Whether weights change before ranges of activations can be found."""
-    return any(algorithm.kind == "transform" for algorithm in algorithms.values())
+    return any(algorithm.kind == "transform" and not algorithm.whole for algorithm in algorithms.values())
 
 
 def statistics_kinds(algorithms: Mapping[str, Algorithm]) -> set[str]:
@@ -110,86 +114,137 @@ def packable(modules: dict[str, FakeModule], model: nn.Module) -> dict[str, Fake
     return {name: module for name, module in modules.items() if id(module) not in nested and name not in shared}
 
 
+def transform_whole(model: nn.Module, recipe: Recipe, run: Callable[[], None], example: Callable[[], Any]) -> None:
+    """Run the recipe's algorithms that take the whole model at once.
+
+    Args:
+        model: prepared, in eval mode; in float.
+        run: passes the calibration data through `model`.
+        example: passes one batch through it.
+    """
+    for name, algorithm in get_algorithms(recipe).items():
+        if algorithm.whole:
+            unit = Unit("", model, fake_modules(model), run, example=example)
+            algorithm.apply(unit, **recipe.algorithm_options.get(name, {}))
+            add_notes(model, unit.notes)
+
+
 # --- the walk -------------------------------------------------------------------------------------------------------
 
 
-def run_algorithms(model: nn.Module, recipe: Recipe, run: Callable[[], None], layout: Layout, work: Work, options: Options) -> None:
+def run_algorithms(
+    model: nn.Module,
+    recipe: Recipe,
+    run: Callable[[], None],
+    example: Callable[[], Any],
+    layout: Layout,
+    work: Work,
+    options: Options,
+) -> None:
     """Quantize a prepared model's units in the order of execution; their modules are packed ones afterwards.
 
     Args:
         model: prepared with `training=False`, in eval mode.
         run: passes the calibration data through `model`, the same in every pass; a batch ends at `calibration.Enough`.
+        example: passes one batch through it.
         layout: of `model`.
         work: keeps finished units, and knows those of an earlier run.
     """
-    algorithms = get_algorithms(recipe)
-    path, kinds, shared = input_path(algorithms), statistics_kinds(algorithms), {}  # type: InputPath, set[str], dict[Any, Any]
-    pending: Packed = {}
+    algorithms = {name: algorithm for name, algorithm in get_algorithms(recipe).items() if not algorithm.whole}
+    path, shared, steps, pending = input_path(algorithms), {}, {}, {}  # type: InputPath, dict[Any, Any], dict[str, _Step], Packed
 
     def collect(unit: Unit) -> contextlib.AbstractContextManager[Any] | None:
-        return _filled(unit, kinds, not has_transforms(algorithms)) if kinds and not work.has(unit.name) else None
+        unit.shared, unit.rounds = shared, any(algorithm.kind == "rounder" for algorithm in algorithms.values())
+        step = _Step(unit, model, algorithms, recipe)  # also of a finished unit: float targets are those of rescaled weights
+        if work.has(unit.name):
+            return None
+        steps[unit.name] = step
+        return step.collecting()
 
     with Budget(options.memory_budget, options.work_dir) as budget, _bar(layout.count(path == "both"), options) as bar:
-        for unit in units(model, run, layout, budget, path=path, collect=collect):
+        for unit in units(model, run, layout, budget, path=path, collect=collect, example=example):
             bar.set_postfix_str(unit.name)
             _swap(model, pending)
-            unit.shared, unit.rounds = shared, any(algorithm.kind == "rounder" for algorithm in algorithms.values())
             ready = packable(unit.modules, model)
-            known = work.has(unit.name)
-            if known:
+            step = steps.pop(unit.name, None)
+            if step is None:
                 if has_transforms(algorithms):
                     _remember(unit)
                 pending = work.load(unit, ready, model)
             else:
-                before = {name: value.detach() for name, value in model.named_parameters()}  # alive: no address comes up again
-                _apply(unit, model, algorithms, recipe)
+                step.apply()
                 pending = {name: (module, module.to_packed()) for name, module in ready.items()}
-                work.save(unit, pending, model, before)
-                del before
+                work.save(unit, pending, model, step.before)
+                step.before.clear()
             for fake, packed in pending.values():
                 fake.settle(packed)
             add_notes(model, unit.notes)
             unit.statistics.clear()
+            gc.collect()  # what a unit leaves behind is large, and too few objects for the collector to come by itself
             bar.update()
-            if known:  # takes no time: nothing to extrapolate from
+            if step is None:  # took no time: nothing to extrapolate from
                 bar.initial = bar.n
                 bar.unpause()
         _swap(model, pending)
 
 
-def _apply(unit: Unit, model: nn.Module, algorithms: dict[str, Algorithm], recipe: Recipe) -> None:
-    for kind in ("transform", "rounder", "correction"):
-        chosen = {name: algorithm for name, algorithm in algorithms.items() if algorithm.kind == kind}
-        if kind == "transform" and chosen:
-            _transform(unit, model, chosen, recipe)
-            continue
-        for name, algorithm in chosen.items():
-            algorithm.apply(unit, **recipe.algorithm_options.get(name, {}))
+class _Step:
+    """All that algorithms do to one unit.
 
+    Transforms that need no statistics, and come first, run before data pass: what is learned of layers' inputs is then of what
+    the others find.
+    """
 
-def _transform(unit: Unit, model: nn.Module, chosen: dict[str, Algorithm], recipe: Recipe) -> None:
-    """Transforms, then the ranges of activations, and of weights that were divided to make up for others."""
-    modules, shared = unit.modules, tied(unit.modules, model)
-    before = {name: _weights(module) for name, module in modules.items()}
-    if has_ranks():
-        _remember(unit)
-    unit.modules = {name: module for name, module in modules.items() if name not in shared}
-    for name, other in shared.items():
-        unit.note(name, f"{' and '.join(chosen)}: not rescaled, its weight is also that of {other}")
-    for name, algorithm in chosen.items():
-        algorithm.apply(unit, **recipe.algorithm_options.get(name, {}))
-    unit.modules = modules
-    for name, module in modules.items():
-        pairs = zip(before[name], _weights(module), strict=True)
-        if any(one[0] != two[0] and torch.equal(one[1], two[1]) for one, two in pairs):
-            module.observe_weights()  # divided to make up for others: an algorithm sees to the ranges of what it is for
-    find_ranges(unit)
-    for name, note in make_unreached_dynamic(modules).items():
-        unit.note(name, note)
+    def __init__(self, unit: Unit, model: nn.Module, algorithms: dict[str, Algorithm], recipe: Recipe) -> None:
+        self.unit, self.algorithms, self.options = unit, algorithms, recipe.algorithm_options
+        # tensors are kept alive: no address comes up again
+        self.before = {name: value.detach() for name, value in model.named_parameters()}
+        self.scales = {name: _weights(module) for name, module in unit.modules.items()}
+        self.transforms = [name for name, algorithm in algorithms.items() if algorithm.kind == "transform"]
+        self.tied = tied(unit.modules, model) if self.transforms else {}
+        if self.transforms and has_ranks():
+            _remember(unit)
+        for name, other in self.tied.items():
+            unit.note(name, f"{' and '.join(self.transforms)}: not rescaled, its weight is also that of {other}")
+        early = list(itertools.takewhile(lambda name: not algorithms[name].statistics, self.transforms))
+        self.late = self.transforms[len(early) :]
+        self._transform(early)
+
+    def collecting(self) -> contextlib.AbstractContextManager[Any] | None:
+        """To be entered while data pass; None: nothing is to be learned of them."""
+        kinds = statistics_kinds(self.algorithms)
+        return _filled(self.unit, kinds, quantized=not self.transforms) if kinds else None
+
+    def apply(self) -> None:
+        """Run the algorithms on what was collected."""
+        unit = self.unit
+        self._transform(self.late)
+        if self.late and "outputs" in statistics_kinds(self.algorithms):  # of layers that now feed others less, or more
+            with summing_outputs(unit.modules) as unit.statistics["outputs"]:
+                unit.replay()
+        if self.transforms:
+            for name, module in unit.modules.items():
+                pairs = zip(self.scales[name], _weights(module), strict=True)
+                if any(one[0] != two[0] and torch.equal(one[1], two[1]) for one, two in pairs):
+                    module.observe_weights()  # divided to make up for others: an algorithm sees to the ranges of what it is for
+            find_ranges(unit)
+            for name, note in make_unreached_dynamic(unit.modules).items():
+                unit.note(name, note)
+        for kind in ("rounder", "correction"):
+            for name, algorithm in self.algorithms.items():
+                if algorithm.kind == kind:
+                    algorithm.apply(unit, **self.options.get(name, {}))
+
+    def _transform(self, names: Sequence[str]) -> None:
+        modules = self.unit.modules
+        self.unit.modules = {name: module for name, module in modules.items() if name not in self.tied}
+        for name in names:
+            self.algorithms[name].apply(self.unit, **self.options.get(name, {}))
+        self.unit.modules = modules
 
 
 def _remember(unit: Unit) -> None:
-    """Find what layers of a unit can be rescaled together, for later units to start from. All ranks take what the first one finds."""
+    """Find what layers of a unit can be rescaled together, for later units to start from; on ranks, as the first one finds it."""
     find_groups(unit, {}, explicit=False)
     if has_ranks():
         values = list(unit.shared.values())
@@ -210,9 +265,10 @@ def _bar(total: int, options: Options) -> Any:
 
 @contextlib.contextmanager
 def _filled(unit: Unit, kinds: set[str], quantized: bool) -> Iterator[None]:
-    with collecting(unit.modules, kinds, quantized) as found:
+    modules = unit.modules if "outputs" in kinds else {}
+    with collecting(unit.modules, kinds, quantized) as found, summing_outputs(modules) as sums:
         yield
-    unit.statistics = found
+    unit.statistics = {**found, "outputs": sums}
 
 
 def _swap(model: nn.Module, pending: Packed) -> None:

@@ -19,7 +19,7 @@ from lightning_quant.nn import FakeModule
 Statistics = dict[str, dict[str, Tensor]]
 
 # rows of inputs that are kept as they are, of each layer
-SAMPLES = 512
+SAMPLES = 256
 
 # kind -> how ranks merge it; "rows" are each rank's own
 KINDS = {"hessian": "sum", "total": "sum", "count": "sum", "low": "min", "high": "max", "rows": None}

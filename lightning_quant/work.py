@@ -9,6 +9,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -47,6 +48,12 @@ def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named if not name.startswith(ours)}
 
 
+def _version() -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):  # run from a folder
+        return metadata.version("lightning-quant")
+    return ""
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
@@ -82,6 +89,7 @@ class Work:
             "calibration batches": data[0],
             "calibration data": data[1],
             "torch": torch.__version__,
+            "lightning_quant": _version(),
             "ranks": dist.get_world_size() if has_ranks() else 1,
         }
         self._claim(folder / "run.json", json.loads(json.dumps(head)))
@@ -182,7 +190,7 @@ class Work:
         for (kind, name), state in parts.items():
             if kind == "float":
                 parameter = model.get_parameter(name)
-                parameter.data = state[""].to(parameter.device)
+                parameter.data = state[""].to(parameter.device, copy=True)  # not a view of the file, wherever that is aligned
             elif kind == "fake":
                 _restore(unit.modules[name], state)
             else:
@@ -202,14 +210,20 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
     return None
 
 
+def _give(module: nn.Module, state: dict[str, Tensor], key: str) -> None:
+    """A parameter that the module has got since: a bias of bias correction, a scale of the input."""
+    path, _, last = key.rpartition(".")
+    owner = module.get_submodule(path)
+    if last in ("pre_scale", "bias") and owner._parameters.get(last) is None:
+        owner.register_parameter(last, nn.Parameter(torch.empty_like(state[key]), last == "bias"))
+
+
 def _restore(module: FakeModule, state: dict[str, Tensor]) -> None:
     """Give a fake module a saved state. Its tensors get storage of their own: another model may share the old."""
+    for key in state:
+        _give(module, state, key)  # attention holds another fake module
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
-    for key in state:
-        path, _, last = key.rpartition(".")
-        if last == "pre_scale":  # attention holds another fake module
-            module.get_submodule(path).pre_scale = nn.Parameter(torch.empty_like(state[key]), requires_grad=False)
     module.load_state_dict(state)
 
 
@@ -217,8 +231,8 @@ def _build(name: str, module: FakeModule, state: dict[str, Tensor]) -> PackedMod
     """The packed module that was saved, and the fake one as it was then."""
     if QuantScheme.from_dict(described_modules(state, "packed")[""]["scheme"]) != module.scheme:
         make_unreached_dynamic({name: module})  # an expert: the earlier run did it, and kept the note
-    if "pre_scale" in state and module.pre_scale is None:
-        module.pre_scale = nn.Parameter(torch.empty_like(state["pre_scale"]), requires_grad=False)
+    for key in state:
+        _give(module, state, key)
     packed = module.packed_type.empty(module, module.scheme)
     packed.load_state_dict(state)
     for key in packed.optional_float:  # transforms divide biases, too

@@ -75,11 +75,15 @@ def test_the_budget_is_never_exceeded_and_is_given_back(tmp_path: Path) -> None:
 
 
 def test_files_are_gone_also_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), Budget(0, tmp_path) as budget:
-        kept = Activations(budget)
-        kept.append(torch.ones(4))
-        assert list(tmp_path.rglob("*.pt"))
-        raise RuntimeError("stop")
+    def fail() -> None:
+        with Budget(0, tmp_path) as budget:
+            kept = Activations(budget)
+            kept.append(torch.ones(4))
+            assert list(tmp_path.rglob("*.pt"))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert not list(tmp_path.iterdir())
 
 
@@ -211,7 +215,7 @@ def test_files_of_a_run_that_fails_are_gone(tmp_path: Path, monkeypatch: pytest.
         seen.append(any(tmp_path.rglob("*.pt")))
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(sequential, "_apply", fail)
+    monkeypatch.setattr(sequential._Step, "apply", fail)
     for folder in (None, tmp_path / "work"):
         with pytest.raises(RuntimeError, match="stop"):
             lq.quantize(model, RECIPES["gptq"], batches, memory_budget=0, work_dir=folder)

@@ -104,7 +104,8 @@ def test_statistics_are_of_what_quantized_blocks_produce(name: str, monkeypatch:
 
         module.register_forward_pre_hook(see)
     run_batches(qmodel, batches, 9)
-    first = {block: next(full for full in order if full.startswith(f"{block}.")) for chain in layout.chains for block in chain.blocks}
+    blocks = [block for chain in layout.chains for block in chain.blocks]
+    first = {block: next(full for full in order if full.startswith(f"{block}.")) for block in blocks}
     checked = 0
     for full in first.values():
         if rows[full][0].dim() == 4:
@@ -139,7 +140,8 @@ def test_a_lightning_module_whose_step_calls_a_part_of_it(monkeypatch: pytest.Mo
 def test_shuffled_data_are_the_same_in_every_pass() -> None:
     """Float targets come from one pass, inputs from another: the batches must be the same ones."""
     torch.manual_seed(0)
-    model, recipe = Lit(), lq.Recipe("w4a16", group_size=8, algorithms=["autoround"], algorithm_options={"autoround": {"iterations": 2}})
+    options = {"autoround": {"iterations": 2}}
+    model, recipe = Lit(), lq.Recipe("w4a16", group_size=8, algorithms=["autoround"], algorithm_options=options)
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)

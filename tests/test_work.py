@@ -97,6 +97,10 @@ CASES: dict[str, tuple[Any, lq.Recipe]] = {
     "attention": (lambda: make("encoder"), lq.Recipe("w4a16", group_size=8, algorithms=["awq", "gptq"])),
     "attention static": (lambda: make("encoder"), lq.Recipe("w8a8", algorithms=["smoothquant"])),
     "tied": (lambda: (tied_llama(), batches()), lq.Recipe("w4a16", group_size=8, schemes=BOTH, algorithms=["awq", "gptq"])),
+    "biases": (  # of layers that had none
+        lambda: (llama(3), batches()),
+        lq.Recipe("w4a16", group_size=8, algorithms=["equalization", "gptq", "bias_correction"]),
+    ),
     "experts": (lambda: make("mixtral"), lq.Recipe("w4a4", edges=None, algorithms=["smoothquant", "gptq"])),
     "experts static": (lambda: make("mixtral"), lq.Recipe("w4a4", edges=None, algorithms=["gptq"])),
     "resnet": (lambda: make("resnet"), lq.Recipe("w4a4", algorithms=["gptq"])),
@@ -189,7 +193,7 @@ def test_names_of_units_may_be_anything(tmp_path: Path) -> None:
     [
         ({"work_dir": 5}, "work_dir=5: give a folder"),
         ({"work_dir": ""}, "work_dir=''"),
-        ({"memory_budget": "much"}, 'memory_budget=\'much\': give bytes.*"500 MB"'),
+        ({"memory_budget": "much"}, "memory_budget='much': give bytes.*\"500 MB\""),
         ({"memory_budget": -1}, "memory_budget=-1"),
         ({"memory_budget": True}, "memory_budget=True"),
         ({"memory_budget": "5 XB"}, "memory_budget='5 XB'"),

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_quant.algorithms.base import Algorithm, weight_quantizer, weight_spec
-from lightning_quant.algorithms.reconstruction import as_matrix, choose_batches, finish, gradients, reached, trainable
+from lightning_quant.algorithms.reconstruction import (
+    as_matrix,
+    choose_batches,
+    enough_batches,
+    finish,
+    gradients,
+    output_distance,
+    reached,
+    trainable,
+)
 from lightning_quant.blocks import Unit
 from lightning_quant.calibration import all_reduce, has_ranks
 from lightning_quant.fake_quant import FakeQuantize
@@ -146,26 +155,26 @@ def _scales(quantizers: list[FakeQuantize], rate: float) -> Iterator[LearnedScal
         scales.close()
 
 
-@torch.no_grad()
-def _error(unit: Unit, weights: dict[str, Tensor]) -> float:
-    """The mean squared error of the unit's output over all batches, and ranks, with weights given as matrices."""
+def _enough(unit: Unit) -> int:
+    """How many batches a step sees by default: as few as hold 32 images, or else 512 tokens."""
     assert unit.calls is not None
-    assert unit.targets is not None
+    hidden = unit.calls.hidden[0]
+    return -(-32 // max(len(hidden), 1)) if hidden.dim() > 3 else enough_batches(unit)
+
+
+def _error(unit: Unit, weights: dict[str, Tensor]) -> float:
+    """The error of the unit's output over all batches, with weights given as matrices."""
+    assert unit.calls is not None
     for name, weight in weights.items():
         put_weight_matrix(unit.modules[name], weight)
-    total = torch.zeros((), device=unit.targets[0].device)
-    for index in range(len(unit.calls)):
-        total += (unit.output(index).float() - unit.targets[index].float()).square().mean() / len(unit.calls)
-    if has_ranks():
-        all_reduce(total, "sum")
-    return float(total)
+    return output_distance(unit, list(range(len(unit.calls))), None)
 
 
 def apply_adaround(
     unit: Unit,
     *,
     iterations: int = 300,
-    batches: int = 1,
+    batches: int | None = None,
     rate: float = 0.03,
     strength: float = 300.0,
     warmup: float = 0.2,
@@ -178,7 +187,7 @@ def apply_adaround(
 
     Args:
         iterations: steps of Adam. The paper takes 10,000 and more, at a rate of 0.001.
-        batches: calibration batches that each step sees; 32 samples in all are enough.
+        batches: calibration batches that each step sees; None: as few as hold 32 images, or 512 tokens.
         rate: of Adam.
         strength: of the pull towards up or down of each weight, relative to its share of the error of rounding to nearest. Where it
             is too small, weights are left between up and down, and rounding them in the end undoes what was learned.
@@ -198,7 +207,7 @@ def apply_adaround(
     with trainable(unit, modules) as weights, _scales(_static_inputs(modules) if learn_inputs else [], input_rate) as scales:
         error = _error(unit, {name: rounded for name, (rounded, _, _) in plain.items()})
         share = sum(weight.numel() for weight in weights.values()) / (error or 1.0)
-        for step, chosen in enumerate(choose_batches(unit, batches, iterations)):
+        for step, chosen in enumerate(choose_batches(unit, batches or _enough(unit), iterations)):
             for name, module in modules.items():
                 put_weight_matrix(module, learned[name]())
             gradients(unit, weights, chosen, None)

@@ -28,12 +28,14 @@ class Algorithm:
         kind: transforms come first in a recipe, then at most one rounder, then corrections.
         statistics: what it reads of `unit.statistics`, keys of `statistics.KINDS`.
         reconstructs: whether it compares a unit's outputs with float ones.
+        whole: whether it takes the whole model at once, before anything else is done.
     """
 
     apply: Callable[..., None]
     kind: Literal["transform", "rounder", "correction"]
     statistics: tuple[str, ...] = ()
     reconstructs: bool = False
+    whole: bool = False
 
 
 def weight_spec(module: FakeModule) -> QuantSpec:

@@ -114,8 +114,7 @@ def _searched(unit: Unit) -> tuple[str, nn.Module, Callable[[], Any]] | None:
     if unit.calls is not None and len(unit.calls):
         args, kwargs = unit.calls[0]
         return f"{unit.name}.", unit.root, _small(unit.root, args, kwargs)
-    example = getattr(unit, "example", None)
-    found = _first_call(unit.root, example) if example is not None else None
+    found = _first_call(unit.root, unit.example) if unit.example is not None else None
     if found is None:
         return None
     name, args, kwargs = found
@@ -161,4 +160,4 @@ def apply_equalization(unit: Unit, *, sweeps: int = 50) -> None:
             unit.note(name, "equalization: not rescaled, what it reads or feeds cannot be")
 
 
-EQUALIZATION = Algorithm(apply_equalization, "transform")
+EQUALIZATION = Algorithm(apply_equalization, "transform", whole=True)

@@ -18,6 +18,9 @@ from lightning_quant.scaling import Group, find_groups, rescale
 from lightning_quant.spec import QuantSpec
 from lightning_quant.statistics import weight_matrix
 
+# a layer's weight matrix, sample inputs, float outputs for these, ends of each column's inputs, specs of weight and input
+Sample = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, QuantSpec, QuantSpec | None]
+
 
 def smooth_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """The factor of each input channel: `max|x|^alpha / max|w|^(1 - alpha)` (equation 4); columns times it, inputs divided by it.
@@ -55,23 +58,23 @@ def _quantized_input(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec | 
 
 
 @torch.no_grad()
-def output_distance(scale: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, QuantSpec, QuantSpec | None]]) -> Tensor:
+def output_distance(scale: Tensor, layers: Sequence[Sample]) -> Tensor:
     """The squared error of quantized layers' outputs on sample inputs, with their input columns rescaled.
 
     Args:
         scale: `[columns]`.
-        layers: each layer's weight matrix, sample rows, smallest and largest input of each column, and specs of weight and input.
+        layers: those that share the factor.
     """
     total = torch.zeros((), device=scale.device)
-    for weight, rows, low, high, spec, input_spec in layers:
+    for weight, rows, outputs, low, high, spec, input_spec in layers:
         scaled = weight * scale
         rounded = nearest(scaled, *minmax_qparams(scaled, spec), spec)
         x = _quantized_input(rows / scale, low / scale, high / scale, input_spec)
-        total += (x @ rounded.T - rows @ weight.T).square().sum()
+        total += (x @ rounded.T - outputs).square().sum()
     return total
 
 
-def apply_smoothquant(unit: Unit, *, alpha: float | None = None, steps: int = 20, explicit: bool = True) -> None:
+def apply_smoothquant(unit: Unit, *, alpha: float | None = None, steps: int = 10, explicit: bool = True) -> None:
     """Rescale a unit's input channels. Layers for which it cannot be done are noted.
 
     Args:
@@ -108,7 +111,8 @@ def _group_scale(unit: Unit, group: Group, members: dict[str, FakeModule], alpha
     for name, module in members.items():
         weight, ends = weight_matrix(module), [found[end][name] for end in ("low", "high")]
         low, high = (end.repeat_interleave(weight.shape[1] // len(end)) for end in ends)  # of a convolution, one a channel
-        layers.append((weight, found["rows"][name], low, high, weight_spec(module), module.scheme.input))
+        rows = found["rows"][name]
+        layers.append((weight, rows, rows @ weight.T, low, high, weight_spec(module), module.scheme.input))
 
     def error(scale: Tensor) -> Tensor:
         total = output_distance(scale[columns], layers)

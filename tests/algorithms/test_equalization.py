@@ -139,6 +139,19 @@ def test_with_static_activations_and_a_rounder() -> None:
     assert not any("equalization" in notes[name] for pair in pairs for name in pair)
 
 
+@pytest.mark.parametrize("after", ["adaround", "bias_correction"])
+def test_layers_that_are_done_one_by_one_are_equalized_too(after: str) -> None:
+    model, pairs, batches = make("vgg")
+    errors = {}
+    for algorithms in ([after], ["equalization", after]):
+        qmodel = lq.quantize(model, lq.Recipe(W8, algorithms=algorithms), batches)
+        with torch.no_grad():
+            errors[len(algorithms)] = sum((qmodel(batch) - model(batch)).square().sum().item() for batch in batches)
+    assert errors[2] < 0.1 * errors[1]
+    notes = {row.name: row.note for row in lq.summary(qmodel).rows}
+    assert not any("equalization" in notes[name] for pair in pairs for name in pair)
+
+
 def test_without_an_example_it_is_noted() -> None:
     model = prepare(vgg(), W8, training=False)
     unit = Unit("the rest", model, fake_modules(model), lambda: None)
