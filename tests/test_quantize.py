@@ -316,3 +316,13 @@ def test_torch_compile_and_bf16() -> None:
         out = qmodel(x)
     assert out.dtype == torch.bfloat16
     assert (out.float() - qmodel(x)).abs().max() < 0.05
+
+
+def test_a_plain_module_is_calibrated_in_evaluation_mode_whatever_mode_it_is_in():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    data = [torch.randn(16, 8) + 3 for _ in range(4)]
+    recipe = lq.Recipe("w8a8", schemes={"0": None})  # the BatchNorm has nothing to be folded into
+    states = [lq.quantize(net.train(mode), recipe, data).state_dict() for mode in (False, True)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert all(part.training for part in net.modules())
