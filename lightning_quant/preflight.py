@@ -26,70 +26,6 @@ from lightning_quant.sequential import Options, has_transforms, input_path, stat
 from lightning_quant.statistics import SAMPLES, why_no_rows
 from lightning_quant.surgery import fake_modules
 
-# an algorithm's options, defaults among them
-Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one algorithm takes beside the passes that hand activations on.
-
-    Args:
-        passes: of the blocks over the calibration data; from its options, the number of batches, the positions (tokens, pixels) of
-            one, and the layers of a unit.
-        work: floating-point operations for a weight matrix of so many rows and columns, at the rate of the model's own.
-        memory: bytes that it holds for such a matrix while it works.
-        together: whether it holds them for all layers of a unit at once.
-    """
-
-    passes: Callable[[Settings, int, int, float], float]
-    work: Callable[[int, int, Settings], float]
-    memory: Callable[[int, int], float]
-    together: bool = False
-
-
-def _learning(options: Settings, batches: int, positions: int, layers: float) -> float:
-    """Passes of learned rounding: a step is a forward and a backward pass over some batches, by default over 512 positions."""
-    chosen = options["batches"] or -(-512 // max(positions, 1))
-    return 3.0 * options["iterations"] * min(chosen, batches) / batches + 1
-
-
-# fitted to runs on a CPU: float32 Llamas of 0.1 to 15 million parameters, 2,000 to 24,000 tokens
-COSTS: dict[str, Cost] = {
-    "smoothquant": Cost(
-        lambda *_: 0.6,
-        lambda rows, columns, options: (options["steps"] + 2) * rows * columns * (2.0 * SAMPLES + 500),
-        lambda rows, columns: 16.0 * rows * columns,
-    ),
-    "awq": Cost(
-        lambda *_: 1.0,
-        lambda rows, columns, options: rows * columns * (2 * options["steps"] * (2.0 * columns + 100) + 20_000),
-        lambda rows, columns: 16.0 * rows * columns + 4.0 * columns**2,
-    ),
-    "gptq": Cost(
-        lambda *_: 0.8,
-        lambda rows, columns, options: 12.0 * columns**3 + 4.0 * rows * columns**2 + 2500.0 * rows * columns,
-        lambda rows, columns: 20.0 * columns**2 + 20.0 * rows * columns,
-    ),
-    "adaround": Cost(
-        lambda *args: _learning(*args) + 3,
-        lambda rows, columns, options: 1500.0 * rows * columns * options["iterations"],
-        lambda rows, columns: 36.0 * rows * columns,
-        together=True,
-    ),
-    "autoround": Cost(
-        _learning,
-        lambda rows, columns, options: 300.0 * rows * columns * options["iterations"],
-        lambda rows, columns: 28.0 * rows * columns,
-        together=True,
-    ),
-    "equalization": Cost(lambda *_: 0.1, lambda rows, columns, options: 2000.0 * rows * columns, lambda rows, columns: 0.0),
-    "bias_correction": Cost(
-        lambda options, batches, positions, layers: 2.0 * layers,
-        lambda rows, columns, options: 0.0,
-        lambda rows, columns: 0.0,
-    ),
-}
 # of all else: code, buffers of the libraries that multiply, and what the allocator does not give back
 _CONSTANT, _SPARE = 10_000_000, 1.4
 
@@ -257,9 +193,9 @@ def _working_memory(model: nn.Module, algorithms: Mapping[str, Algorithm], layou
         held = sum(4.0 * rows * columns for rows, columns in matrices)
         held += sum(4.0 * columns**2 for _, columns in matrices) if "hessian" in kinds else 0
         held += sum(4.0 * SAMPLES * columns for _, columns in matrices) if "rows" in kinds else 0
-        for name in algorithms:
-            each = [COSTS[name].memory(*matrix) for matrix in matrices] if name in COSTS and matrices else [0.0]
-            held += sum(each) if name in COSTS and COSTS[name].together else max(each)
+        for algorithm in algorithms.values():
+            each = [algorithm.cost.memory(*matrix) for matrix in matrices] or [0.0]
+            held += sum(each) if algorithm.cost.together else max(each)
         # autograd keeps what passes through a unit, and so does the search for what can be rescaled together
         passing = sum(seen.outputs.get(name, 0) for name in modules)
         held += 4 * passing if has_transforms(algorithms) or single else 0
@@ -283,7 +219,7 @@ def _seconds(
 ) -> float:
     """Passes of data, and what algorithms compute at the rate of this model's own matrix products."""
     fakes, settings = fake_modules(model), _settings(recipe, algorithms)
-    known = {name: COSTS[name] for name in algorithms if name in COSTS}
+    known = {name: algorithm.cost for name, algorithm in algorithms.items()}
     positions = max((seen.operations[name] / (2 * math.prod(_shape(fakes[name]))) for name in seen.operations), default=1)
     layers = len(fakes) / max(layout.count(input_path(algorithms) == "both"), 1)
     passes = 1.0 if input_path(algorithms) == "float" else 2.0
@@ -357,4 +293,4 @@ def note_large_groups(plan: Plan) -> None:
                 match.note = "; ".join(filter(None, [match.note, note]))
 
 
-__all__ = ["COSTS", "Estimate", "Forecast", "check_layers", "check_memory", "forecast", "measure", "note_large_groups"]
+__all__ = ["Estimate", "Forecast", "check_layers", "check_memory", "forecast", "measure", "note_large_groups"]

@@ -137,6 +137,9 @@ class Recipe:
             default = default.with_weight(**changes)
         if edges == "auto":
             edges = PRESETS[scheme].edges if isinstance(scheme, str) else None
+        for name, options in (algorithm_options or {}).items():
+            if not isinstance(options, Mapping):
+                raise ValueError(f"Recipe algorithm_options: {name!r} has {options!r}, which is no mapping of options to values")
         values = {
             "scheme": default,
             "schemes": {pattern: as_scheme(value) for pattern, value in (schemes or {}).items()},

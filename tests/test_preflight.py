@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 import lightning_quant as lq
 from lightning_quant import preflight
 from lightning_quant.algorithms import ALGORITHMS
-from lightning_quant.preflight import COSTS, Estimate, Forecast, check_memory
+from lightning_quant.algorithms.base import Cost
+from lightning_quant.preflight import Estimate, Forecast, check_memory
 from tests.chains import Block, Data, Lit, Loop, make, plain
 from tests.digits import trainer
 from tests.helpers import assert_same_state
@@ -23,7 +25,7 @@ def dry(model: nn.Module, recipe: Any, batches: Any = None, **options: Any) -> A
 
 
 def test_every_algorithm_has_a_cost() -> None:
-    assert set(COSTS) == set(ALGORITHMS)
+    assert all(entry.cost != Cost() for entry in ALGORITHMS.values())
 
 
 def test_a_dry_run_with_algorithms_estimates_and_changes_nothing() -> None:
@@ -113,7 +115,7 @@ def test_too_little_memory_is_refused_with_the_way_out(monkeypatch: pytest.Monke
     model, batches = make("llama")
     monkeypatch.setattr(preflight, "available_memory", lambda: 12_000_000)
     ran: list[str] = []
-    monkeypatch.setitem(COSTS, "gptq", preflight.Cost(lambda *_: 1.0, lambda *_: 0.0, lambda *_: 1e9))
+    monkeypatch.setitem(ALGORITHMS, "gptq", replace(ALGORITHMS["gptq"], cost=Cost(memory=lambda *_: 1e9)))
     for dry_run in (True, False):
         with pytest.raises(ValueError, match=r"about 1\.\d GB will be needed.*12\.0 MB are available.*smaller batches"):
             lq.quantize(model, GPTQ, batches, dry_run=dry_run)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_quant.algorithms.base import Algorithm, weight_quantizer, weight_spec
+from lightning_quant.algorithms.base import Algorithm, Cost, weight_quantizer, weight_spec
 from lightning_quant.algorithms.reconstruction import (
     as_matrix,
     choose_batches,
     enough_batches,
     finish,
     gradients,
+    learning_passes,
     output_distance,
     reached,
     trainable,
@@ -227,4 +228,15 @@ def apply_adaround(
     finish(modules, results)
 
 
-ADAROUND = Algorithm(apply_adaround, "rounder", reconstructs=True)
+ADAROUND = Algorithm(
+    apply_adaround,
+    "rounder",
+    reconstructs=True,
+    cost=Cost(
+        passes=lambda *args: learning_passes(*args) + 3,
+        work=lambda rows, columns, options: 1500.0 * rows * columns * options["iterations"],
+        memory=lambda rows, columns: 36.0 * rows * columns,
+        together=True,
+    ),
+    limits={"warmup": (0, 0.99)},
+)

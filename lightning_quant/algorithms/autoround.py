@@ -5,10 +5,12 @@ A unit is tuned until its output is close to what it was in float: a whole block
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from lightning_quant.algorithms.base import Algorithm, weight_quantizer, weight_spec
+from lightning_quant.algorithms.base import Algorithm, Cost, weight_quantizer, weight_spec
 from lightning_quant.algorithms.reconstruction import (
     as_matrix,
     autocast_dtype,
@@ -16,6 +18,7 @@ from lightning_quant.algorithms.reconstruction import (
     enough_batches,
     finish,
     gradients,
+    learning_passes,
     output_distance,
     reached,
     trainable,
@@ -112,7 +115,7 @@ def apply_autoround(
     batches: int | None = None,
     rate: float | None = None,
     learn_range: bool = True,
-    dtype: str | None = "auto",
+    dtype: Literal["auto", "bfloat16", "float16"] | None = "auto",
 ) -> None:
     """Learn how to round a unit's weights, with AutoRound. Layers for which it cannot be done are rounded to nearest, and noted.
 
@@ -165,4 +168,15 @@ def apply_autoround(
     finish(modules, {name: each.result() for name, each in learned.items()})
 
 
-AUTOROUND = Algorithm(apply_autoround, "rounder", reconstructs=True)
+AUTOROUND = Algorithm(
+    apply_autoround,
+    "rounder",
+    reconstructs=True,
+    cost=Cost(
+        passes=learning_passes,
+        work=lambda rows, columns, options: 300.0 * rows * columns * options["iterations"],
+        memory=lambda rows, columns: 28.0 * rows * columns,
+        together=True,
+    ),
+    limits={"rate": (1e-6, 1)},
+)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_quant.algorithms.base import Algorithm, suited, weight_quantizer, weight_spec
+from lightning_quant.algorithms.base import Algorithm, Cost, suited, weight_quantizer, weight_spec
 from lightning_quant.blocks import Unit
 from lightning_quant.grids import minmax_qparams, nearest, output_error, search_qparams
 from lightning_quant.scaling import find_groups, rescale
@@ -109,4 +109,13 @@ def apply_awq(unit: Unit, *, steps: int = 20, clip: bool | None = None, explicit
             module.observe_weights()
 
 
-AWQ = Algorithm(apply_awq, "transform", ("hessian",))
+AWQ = Algorithm(
+    apply_awq,
+    "transform",
+    ("hessian",),
+    cost=Cost(
+        passes=lambda *_: 1.0,
+        work=lambda rows, columns, options: rows * columns * (2 * options["steps"] * (2.0 * columns + 100) + 20_000),
+        memory=lambda rows, columns: 16.0 * rows * columns + 4.0 * columns**2,
+    ),
+)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_quant.algorithms.base import Algorithm
+from lightning_quant.algorithms.base import Algorithm, Cost
 from lightning_quant.blocks import Unit
 from lightning_quant.calibration import all_reduce, has_ranks
 from lightning_quant.nn import FakeModule
@@ -125,4 +125,10 @@ def apply_bias_correction(unit: Unit) -> None:
                 error = after
 
 
-BIAS_CORRECTION = Algorithm(apply_bias_correction, "correction", ("outputs",), reconstructs=True)
+BIAS_CORRECTION = Algorithm(
+    apply_bias_correction,
+    "correction",
+    ("outputs",),
+    reconstructs=True,
+    cost=Cost(passes=lambda options, batches, positions, layers: 2.0 * layers),
+)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_quant.algorithms.base import Algorithm, weight_quantizer
+from lightning_quant.algorithms.base import Algorithm, Cost, weight_quantizer
 from lightning_quant.blocks import Unit
 from lightning_quant.calibration import has_ranks
 from lightning_quant.nn import FakeModule
@@ -160,4 +160,9 @@ def apply_equalization(unit: Unit, *, sweeps: int = 50) -> None:
             unit.note(name, "equalization: not rescaled, what it reads or feeds cannot be")
 
 
-EQUALIZATION = Algorithm(apply_equalization, "transform", whole=True)
+EQUALIZATION = Algorithm(
+    apply_equalization,
+    "transform",
+    whole=True,
+    cost=Cost(passes=lambda *_: 0.1, work=lambda rows, columns, options: 2000.0 * rows * columns),
+)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.algorithms.base import Algorithm, suited, weight_quantizer, weight_spec
+from lightning_quant.algorithms.base import Algorithm, Cost, suited, weight_quantizer, weight_spec
 from lightning_quant.blocks import Unit
 from lightning_quant.grids import nearest, output_error, refine_scale, search_qparams
 from lightning_quant.numerics import from_groups, qrange, to_groups
@@ -189,4 +189,14 @@ def apply_gptq(
         put_weight_matrix(module, rounded)
 
 
-GPTQ = Algorithm(apply_gptq, "rounder", ("hessian",))
+GPTQ = Algorithm(
+    apply_gptq,
+    "rounder",
+    ("hessian",),
+    cost=Cost(
+        passes=lambda *_: 0.8,
+        work=lambda rows, columns, options: 12.0 * columns**3 + 4.0 * rows * columns**2 + 2500.0 * rows * columns,
+        memory=lambda rows, columns: 20.0 * columns**2 + 20.0 * rows * columns,
+    ),
+    limits={"damp": (1e-6, 1)},
+)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.algorithms.base import suited, weight_quantizer
+from lightning_quant.algorithms.base import Settings, suited, weight_quantizer
 from lightning_quant.blocks import Unit
 from lightning_quant.calibration import all_reduce, has_ranks
 from lightning_quant.nn import FakeModule
@@ -61,6 +61,12 @@ def enough_batches(unit: Unit, positions: int = 512) -> int:
     hidden = unit.calls.hidden[0]
     channels = hidden.shape[1 if hidden.dim() > 3 else -1]
     return max(-(-positions * channels // max(hidden.numel(), 1)), 1)
+
+
+def learning_passes(options: Settings, batches: int, positions: int, layers: float) -> float:
+    """Passes over the data that learned rounding takes: a step is a forward and a backward pass, by default over 512 positions."""
+    chosen = options["batches"] or -(-512 // max(positions, 1))
+    return 3.0 * options["iterations"] * min(chosen, batches) / batches + 1
 
 
 def choose_batches(unit: Unit, samples: int, iterations: int) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_quant.algorithms.base import Algorithm, suited, weight_quantizer, weight_spec
+from lightning_quant.algorithms.base import Algorithm, Cost, suited, weight_quantizer, weight_spec
 from lightning_quant.blocks import Unit
 from lightning_quant.calibration import all_reduce, has_ranks
 from lightning_quant.fake_quant import dynamic_fake_quantize, fake_quantize
@@ -16,7 +16,7 @@ from lightning_quant.nn import FakeModule
 from lightning_quant.numerics import calc_qparams
 from lightning_quant.scaling import Group, find_groups, rescale
 from lightning_quant.spec import QuantSpec
-from lightning_quant.statistics import weight_matrix
+from lightning_quant.statistics import SAMPLES, weight_matrix
 
 # a layer's weight matrix, sample inputs, float outputs for these, ends of each column's inputs, specs of weight and input
 Sample = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, QuantSpec, QuantSpec | None]
@@ -84,8 +84,6 @@ def apply_smoothquant(unit: Unit, *, alpha: float | None = None, steps: int = 10
         explicit: where no preceding layer can take the inverse scale, multiply the input by it in every forward pass; else such a
             layer is not rescaled.
     """
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"smoothquant alpha={alpha}: must be in [0, 1], or None to search it")
     modules = suited(unit, "smoothquant: not rescaled", "low")
     for group in find_groups(unit, modules, explicit):
         rescale(unit, group, _group_scale(unit, group, {name: modules[name] for name in group.consumers}, alpha, steps))
@@ -123,4 +121,14 @@ def _group_scale(unit: Unit, group: Group, members: dict[str, FakeModule], alpha
     return search_alpha(error, lambda value: smooth_scale(inputs, weights, value), steps)
 
 
-SMOOTHQUANT = Algorithm(apply_smoothquant, "transform", ("low", "high", "rows"))
+SMOOTHQUANT = Algorithm(
+    apply_smoothquant,
+    "transform",
+    ("low", "high", "rows"),
+    cost=Cost(
+        passes=lambda *_: 0.6,
+        work=lambda rows, columns, options: (options["steps"] + 2) * rows * columns * (2.0 * SAMPLES + 500),
+        memory=lambda rows, columns: 16.0 * rows * columns,
+    ),
+    limits={"alpha": (0, 1)},
+)

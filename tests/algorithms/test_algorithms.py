@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -175,3 +176,38 @@ def test_static_ranges_are_those_of_what_layers_get_in_the_end(names: list[str])
         assert 0.95 < module.input_scale.item() / spread.item() < 1.05, name
     error = sum((qmodel(batch) - model(batch)).square().sum() for batch in data)
     assert error < 2e-3 * sum(model(batch).square().sum() for batch in data)
+
+
+BAD_VALUES: list[tuple[str, str, object, str]] = [
+    ("gptq", "damp", -1, "from 1e-06 to 1"),
+    ("gptq", "damp", float("nan"), "from 1e-06 to 1"),
+    ("gptq", "search", 3, "bool or None"),
+    ("gptq", "block_size", True, "must be int"),
+    ("awq", "steps", 0, "at least 1"),
+    ("smoothquant", "alpha", 1.5, "from 0 to 1"),
+    ("autoround", "iterations", 0, "at least 1"),
+    ("autoround", "batches", -2, "at least 1"),
+    ("autoround", "dtype", "int8", "'auto' or 'bfloat16' or 'float16' or None"),
+    ("adaround", "iterations", 2.5, "must be int"),
+    ("adaround", "warmup", 1.0, "from 0 to 0.99"),
+    ("equalization", "sweeps", "many", "must be int"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value", "told"), BAD_VALUES, ids=lambda value: str(value).replace(" ", "-"))
+def test_wrong_values_of_options_are_refused_before_work(name: str, option: str, value: object, told: str) -> None:
+    recipe = lq.Recipe("w8a8", algorithms=[name], algorithm_options={name: {option: value}})
+    with pytest.raises(ValueError, match=f"algorithm '{name}': {option}=.*{told}"):
+        get_algorithms(recipe)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_defaults_of_every_option_are_valid(name: str) -> None:
+    parameters = inspect.signature(ALGORITHMS[name].apply).parameters
+    options = {key: value.default for key, value in parameters.items() if key != "unit"}
+    assert get_algorithms(lq.Recipe("w8a8", algorithms=[name], algorithm_options={name: options}))
+
+
+def test_options_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(ValueError, match="'gptq' has 5, which is no mapping"):
+        lq.Recipe("w8a8", algorithms=["gptq"], algorithm_options={"gptq": 5})  # type: ignore[dict-item]
