@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_quant.double_quant import stored_scale
 from lightning_quant.numerics import (
     MIN_SCALE,
     calc_qparams,
@@ -36,7 +37,7 @@ class _RoundTrip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, bound: Tensor | None) -> Tensor:
         ctx.mask = None if bound is None else rows.abs() <= bound
-        return dequantize_rows(quantize_rows(rows, scale, zero_point, spec), scale, zero_point, spec)
+        return dequantize_rows(quantize_rows(rows, scale, zero_point, spec), stored_scale(scale, spec), zero_point, spec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -1,4 +1,7 @@
-"""Codes of 2 to 8 bits <-> int32 words: a dense little-endian bit stream for each row, compressed-tensors' pack-quantized."""
+"""Codes of 2 to 8 bits <-> int32 words: a dense little-endian bit stream for each row, compressed-tensors' pack-quantized.
+
+nf4 and fp4 are stored as bitsandbytes stores them: its own 4-bit codes, the first of two in a byte's high half.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.numerics import FLOAT8, code_dtype, qrange
+from lightning_quant.numerics import CODEBOOKS, FLOAT8, code_dtype, qrange
 from lightning_quant.spec import QuantSpec
+
+# index of an ascending codebook -> bitsandbytes' code: a sign bit, and its own order of the magnitudes
+_BNB_CODES = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3)}
 
 
 def packed_words(columns: int, bits: int) -> int:
@@ -49,10 +55,25 @@ def _unpack_unsigned(words: Tensor, bits: int, columns: int) -> Tensor:
     return codes.reshape(rows, -1)[:, :columns].to(torch.int32)
 
 
+def _swap_halves(words: Tensor) -> Tensor:
+    """The two codes of every byte exchanged."""
+    return ((words & 0x0F0F0F0F) << 4) | ((words >> 4) & 0x0F0F0F0F)
+
+
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.uint8, device=device)
+
+
+def _indices(dtype: str) -> tuple[int, ...]:
+    """bitsandbytes' code -> index; its negative zero is zero."""
+    codes = _BNB_CODES[dtype]
+    return tuple(codes.index(code) if code in codes else codes.index(0) for code in range(16))
+
+
 def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Pack codes at their real width.
 
-    Signed codes are stored with an offset of 2^(bits-1), float8 codes as their bytes.
+    Signed codes are stored with an offset of 2^(bits-1), float8 codes as their bytes, nf4 and fp4 as bitsandbytes has them.
 
     Args:
         codes: `[rows, columns]`, of `code_dtype(spec)`.
@@ -70,6 +91,8 @@ def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
         raise ValueError(f"pack takes [rows, columns], not {tuple(codes.shape)}")
     if spec.dtype in FLOAT8:
         return _pack_unsigned(codes.view(torch.uint8), 8)
+    if spec.dtype in CODEBOOKS:
+        return _swap_halves(_pack_unsigned(_table(_BNB_CODES[spec.dtype], codes.device)[codes.long()], 4))
     offset = qrange(spec)[0]
     return _pack_unsigned(codes.to(torch.int32) - offset, spec.bits)
 
@@ -80,6 +103,8 @@ def unpack(words: Tensor, spec: QuantSpec, columns: int) -> Tensor:
         raise ValueError(
             f"{columns} codes of {spec.bits} bits take [rows, {packed_words(columns, spec.bits)}] words, not {tuple(words.shape)}"
         )
+    if spec.dtype in CODEBOOKS:
+        return _table(_indices(spec.dtype), words.device)[_unpack_unsigned(_swap_halves(words), 4, columns).long()]
     codes = _unpack_unsigned(words, spec.bits, columns)
     if spec.dtype in FLOAT8:
         return codes.to(torch.uint8).view(FLOAT8[spec.dtype])

@@ -14,6 +14,9 @@ import yaml
 
 from lightning_quant.spec import PRESETS, Granularity, QuantScheme, _check_fields, get_preset
 
+# fields of the default scheme's weight spec that a Recipe takes by keyword
+_OVERRIDES = ("bits", "group_size", "symmetric", "granularity", "double_quant")
+
 
 def matches(pattern: str, name: str, type_names: Sequence[str] = ()) -> bool:
     """Whether a recipe's pattern names a module.
@@ -80,7 +83,7 @@ class Recipe:
         blocks: patterns, each naming the repeated blocks of one chain, for algorithms that go block by block; by default they are
             found.
         fold: (module, BatchNorm) names to fold, instead of the pairs that are found; an empty list folds none.
-        bits, group_size, symmetric, granularity: override the weight spec of `scheme`.
+        bits, group_size, symmetric, granularity, double_quant: override the weight spec of `scheme`.
 
     Raises:
         ValueError: an unknown preset, field or bad value; valid names are listed.
@@ -125,9 +128,11 @@ class Recipe:
         group_size: int | None = None,
         symmetric: bool | None = None,
         granularity: Granularity | None = None,
+        double_quant: bool | None = None,
     ) -> None:
         default = as_scheme(scheme)
-        overrides = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "granularity": granularity}
+        values = (bits, group_size, symmetric, granularity, double_quant)
+        overrides = dict(zip(_OVERRIDES, values, strict=True))
         changes = {name: value for name, value in overrides.items() if value is not None}
         if changes:
             if default is None:
@@ -140,7 +145,7 @@ class Recipe:
         for name, options in (algorithm_options or {}).items():
             if not isinstance(options, Mapping):
                 raise ValueError(f"Recipe algorithm_options: {name!r} has {options!r}, which is no mapping of options to values")
-        values = {
+        settings = {
             "scheme": default,
             "schemes": {pattern: as_scheme(value) for pattern, value in (schemes or {}).items()},
             "ignore": _patterns(ignore, "ignore"),
@@ -154,8 +159,8 @@ class Recipe:
             "blocks": None if blocks is None else _patterns(blocks, "blocks"),
             "fold": None if fold is None else tuple(_patterns(pair, "fold") for pair in fold),
         }
-        _patterns(values["schemes"], "schemes")  # type: ignore[arg-type]
-        for name, value in values.items():
+        _patterns(settings["schemes"], "schemes")  # type: ignore[arg-type]
+        for name, value in settings.items():
             object.__setattr__(self, name, value)
 
     def lookup(self, name: str, type_names: Sequence[str] = ()) -> tuple[QuantScheme | None, str | None]:
@@ -186,8 +191,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """A recipe from `to_dict`, or from the constructor's keywords (`{"scheme": "w8a8", "ignore": ["head"]}`)."""
-        extra = ("bits", "group_size", "symmetric", "granularity")
-        _check_fields(cls, {key: value for key, value in data.items() if key not in extra})
+        _check_fields(cls, {key: value for key, value in data.items() if key not in _OVERRIDES})
         return cls(**data)
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:

@@ -78,7 +78,7 @@ def float_type_name(module: nn.Module) -> str:
 
 
 def _packed_tensors(module: PackedModule) -> list[Tensor]:
-    ends = ("_packed", "_scale", "_zero_point", "_shape")
+    ends = ("_packed", "_scale", "_scale_absmax", "_scale_offset", "_zero_point", "_shape")
     return [value for name, value in module.named_parameters(recurse=False) if name.endswith(ends)]
 
 

@@ -37,13 +37,14 @@ class QuantSpec:
             a `"token"`, that is one feature vector (one sample for convolutions), always dynamic.
         group_size: elements in a group.
         dynamic: the range is measured on every forward pass instead of calibrated.
+        double_quant: scales are stored in 8 bits, too (arXiv:2305.14314, section 3); nf4 and fp4 in groups only.
 
     Raises:
         ValueError: a value, or a combination, that does not exist; the message says which do.
 
     Example:
-        >>> QuantSpec(bits=4, granularity="group", group_size=128)
-        QuantSpec(bits=4, dtype='int', signed=True, symmetric=True, granularity='group', group_size=128, dynamic=False)
+        >>> QuantSpec(bits=4, granularity="group", group_size=128)  # doctest: +ELLIPSIS
+        QuantSpec(bits=4, dtype='int', signed=True, symmetric=True, granularity='group', group_size=128, ...)
     """
 
     bits: int = 8
@@ -53,6 +54,7 @@ class QuantSpec:
     granularity: Granularity = "channel"
     group_size: int | None = None
     dynamic: bool = False
+    double_quant: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", get_args(Dtype)), ("granularity", get_args(Granularity))):
@@ -74,6 +76,8 @@ class QuantSpec:
             raise ValueError(f"QuantSpec group_size={self.group_size}: only with granularity='group'")
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("QuantSpec granularity='token' needs dynamic=True: the number of tokens is not fixed")
+        if self.double_quant and not self.flat_groups:
+            raise ValueError(f"QuantSpec double_quant=True: for nf4 and fp4 in groups, not for {self.label}")
 
     @property
     def is_int(self) -> bool:
@@ -89,7 +93,8 @@ class QuantSpec:
         """A short name for tables, such as `int4 group64 asym`."""
         kind = f"{'int' if self.signed else 'uint'}{self.bits}" if self.is_int else self.dtype
         where = f"group{self.group_size}" if self.granularity == "group" else self.granularity
-        return " ".join([kind, where] + ["asym"] * (not self.symmetric) + ["dynamic"] * self.dynamic)
+        more = (("asym", not self.symmetric), ("dynamic", self.dynamic), ("double-quantized", self.double_quant))
+        return " ".join([kind, where] + [word for word, holds in more if holds])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,15 +115,15 @@ class QuantSpec:
 
 @lru_cache(maxsize=1024)
 def _encode(spec: QuantSpec) -> str:
-    flags = f"{spec.signed:d}{spec.symmetric:d}{spec.dynamic:d}"
+    flags = f"{spec.signed:d}{spec.symmetric:d}{spec.dynamic:d}{spec.double_quant:d}"
     return f"{spec.bits}:{spec.dtype}:{flags}:{spec.granularity}:{spec.group_size or 0}"
 
 
 @lru_cache(maxsize=1024)
 def _decode(text: str) -> QuantSpec:
     bits, dtype, flags, granularity, group_size = text.split(":")
-    signed, symmetric, dynamic = (flag == "1" for flag in flags)
-    return QuantSpec(int(bits), dtype, signed, symmetric, granularity, int(group_size) or None, dynamic)  # type: ignore[arg-type]
+    signed, symmetric, *rest = (flag == "1" for flag in flags)
+    return QuantSpec(int(bits), dtype, signed, symmetric, granularity, int(group_size) or None, *rest)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

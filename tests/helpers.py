@@ -138,6 +138,23 @@ def read_words(words: Tensor, bits: int, columns: int) -> np.ndarray:
     return stream.reshape(len(words), columns, bits).astype(np.int64) @ (1 << np.arange(bits))
 
 
+# bitsandbytes' fp4: a sign bit, and three bits that stand for these magnitudes, times 12
+FP4_MAGNITUDES = (0, 0.0625, 8, 12, 4, 6, 2, 3)
+
+
+def read_codes(words: Tensor, spec: QuantSpec, columns: int) -> np.ndarray:
+    """Codes as they are stored, but for nf4 and fp4: the index of the value, in ascending order."""
+    if spec.dtype not in ("nf4", "fp4"):
+        return read_words(words, spec.bits, columns)
+    raw = np.ascontiguousarray(words.detach().numpy()).view(np.uint8)
+    codes = np.stack([raw >> 4, raw & 15], axis=-1).reshape(len(words), -1)[:, :columns]
+    if spec.dtype == "nf4":
+        return codes.astype(np.int64)
+    values = [(-1 if code & 8 else 1) * FP4_MAGNITUDES[code & 7] for code in range(16)]
+    ascending = sorted(set(values))
+    return np.array([ascending.index(value) for value in values])[codes]
+
+
 def stored_zero_points(module: nn.Module, name: str, channels: int, spec: QuantSpec) -> np.ndarray:
     """The flat zero points of a packed weight, one a scale."""
     scales = getattr(module, f"{name}_scale")
@@ -166,7 +183,7 @@ def own_weight(module: nn.Module, weight: Tensor, axis: int, name: str = "weight
         assert zero_point == own_zero_point
         codes[part] = own_codes(flat[part], stored, zero_point, spec)
         values[part] = own_values(codes[part], stored, zero_point, spec)
-    found = read_words(getattr(module, f"{name}_packed"), spec.bits, columns).flatten()
+    found = read_codes(getattr(module, f"{name}_packed"), spec, columns).flatten()
     np.testing.assert_array_equal(found, codes)
     return torch.from_numpy(values).reshape(moved.shape).movedim(0, axis)
 

@@ -19,7 +19,7 @@ ROOT = Path(lightning_quant.__file__).parent
 # from the lowest to the highest; what one pattern matches is one level, and does not import each other
 ORDER = [
     *("spec", "recipe"),
-    *("numerics", "packing", "sharding"),
+    *("numerics", "packing", "double_quant", "sharding"),
     *("grids", "observers", "fake_quant"),
     *("kernels.reference", "kernels.*", "kernels"),
     *("nn.base", "nn.packed", "nn.fake", "nn.folding", "nn.linear"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,9 +18,15 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 
 def dequantize_weight(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, shape: Sequence[int], axis: int, spec: QuantSpec
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    shape: Sequence[int],
+    axis: int,
+    spec: QuantSpec,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A packed weight in float32.
+    """A packed weight in float32, or rounded to another dtype.
 
     Args:
         packed: int32 `[channels, words]`.
@@ -35,7 +42,7 @@ def dequantize_weight(
     if zero_point is not None and spec.granularity != "tensor":
         zero_point = unpack_zero_point(zero_point, spec, moved[0])
     rows = dequantize(unpack(packed, spec, columns), scale, zero_point, spec)
-    return rows.reshape(moved).movedim(0, axis)
+    return rows.reshape(moved).movedim(0, axis).to(dtype)
 
 
 def quantize_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, spec: QuantSpec | None, axis: int = -1) -> Tensor:

@@ -38,7 +38,14 @@ class PackedConv(PackedModule, _ConvNd):
 
     def _run(self, x: Tensor, padding: Sequence[int], output_padding: Sequence[int]) -> Tensor:
         geometry = (self.stride, padding, self.dilation, self.groups, self.transposed, output_padding)
-        args = (*self.packed_weight(), self.bias, *self.input_args(), self.packed_shape("weight"), *geometry, *self.spec_args)
+        args = (
+            *self.packed_weight(),
+            self.bias,
+            *self.input_args(),
+            self.packed_shape("weight"),
+            *geometry,
+            *self.spec_args,
+        )
         return self.quantize_output(conv(x, *args))
 
     def forward(self, input: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class FakeModule(QuantizedModule):
                         quantizer.observe(self.effective_weight(name))
                     scale, zero_point = quantizer.qparams()
                 packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
-                getattr(packed, f"{name}_scale").copy_(self.packed_scale(name, scale))
+                packed.put_scale(name, self.packed_scale(name, scale))
             for name in (*self.input_names, "output"):
                 quantizer = getattr(self, f"{name}_fake_quant")
                 if quantizer is not None and not quantizer.spec.dynamic:

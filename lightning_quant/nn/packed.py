@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from lightning_quant.double_quant import dequantize_scale, quantize_scale, scale_shapes
 from lightning_quant.fake_quant import keep_fp32
 from lightning_quant.kernels import dequantize as dequantize_op
 from lightning_quant.kernels.reference import quantize_input
@@ -21,6 +22,10 @@ from lightning_quant.spec import QuantScheme, QuantSpec
 
 # what a packed module does not take over from the fake one: its tensors and submodules, and what belongs to training
 _OWN = ("_parameters", "_buffers", "_modules", "scheme", "setup", "folded_norm", "folded_name")
+
+# what stands for a weight's scale if it is quantized itself, and the names of what stays in float32
+_SCALE_PARTS = ("_scale_packed", "_scale_absmax", "_scale_offset")
+_EXACT = ("_scale", *_SCALE_PARTS[1:])
 
 P = TypeVar("P", bound="PackedModule")
 
@@ -36,7 +41,8 @@ def _own_copy(key: str, value: Any) -> Any:
 class PackedModule(QuantizedModule):
     """A module whose weights are packed integers.
 
-    Parameters, none of which requires a gradient: `<weight>_packed` int32 `[channels, words]`, `<weight>_scale` float32,
+    Parameters, none of which requires a gradient: `<weight>_packed` int32 `[channels, words]`, `<weight>_scale` float32 (if
+    double-quantized `<weight>_scale_packed` uint8, `<weight>_scale_absmax` and `<weight>_scale_offset` float32),
     `<weight>_zero_point` (packed along the channels; only asymmetric), `<weight>_shape`, and `input_scale`,
     `input_zero_point` and the same of the output if static; `pre_scale` `[input features]` if the input is rescaled.
     """
@@ -46,7 +52,7 @@ class PackedModule(QuantizedModule):
     optional_float: ClassVar[tuple[str, ...]] = ("bias",)
     _float_dtype: torch.dtype
     pre_scale: nn.Parameter
-    spec_args: tuple[str, str]  # the weight's and the input's spec as the operators take them
+    spec_args: tuple[str, str, str]  # the weight's and the input's spec and the backend, as the operators take them
 
     @classmethod
     def empty(cls: type[P], module: nn.Module, scheme: QuantScheme, device: torch.device | str | None = None) -> P:
@@ -60,7 +66,7 @@ class PackedModule(QuantizedModule):
         )
         packed.scheme = scheme
         assert scheme.weight is not None
-        packed.spec_args = (scheme.weight.encode(), scheme.input.encode() if scheme.input else "")
+        packed.spec_args = (scheme.weight.encode(), scheme.input.encode() if scheme.input else "", "")
         first = next(iter(module.parameters()))
         packed._float_dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
         device = first.device if device is None else torch.device(device)
@@ -76,6 +82,10 @@ class PackedModule(QuantizedModule):
         packed._allocate_float(module, device)
         return packed
 
+    def use_backend(self, backend: str) -> None:
+        """Prefer a key of `KERNELS`, `"native"` (any of this package's own), or `""`: the first that can."""
+        self.spec_args = (*self.spec_args[:2], backend)
+
     def add(self, name: str, value: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
@@ -83,7 +93,13 @@ class PackedModule(QuantizedModule):
         columns = torch.Size(shape).numel() // shape[axis]
         size = qparams_shape(shape, spec, axis)
         self.add(f"{name}_packed", torch.empty(shape[axis], packed_words(columns, spec.bits), dtype=torch.int32, device=device))
-        self.add(f"{name}_scale", torch.empty(size, device=device))
+        if spec.double_quant:
+            codes, absmax, offset = scale_shapes(size[0])
+            self.add(f"{name}_scale_packed", torch.empty(codes, dtype=torch.uint8, device=device))
+            self.add(f"{name}_scale_absmax", torch.empty(absmax, device=device))
+            self.add(f"{name}_scale_offset", torch.empty(offset, device=device))
+        else:
+            self.add(f"{name}_scale", torch.empty(size, device=device))
         if not spec.symmetric:
             if len(size) == 2:
                 size = (packed_words(size[0], spec.bits), size[1])
@@ -122,10 +138,19 @@ class PackedModule(QuantizedModule):
         codes = quantize(weight, scale, zero_point, spec, axis)
         codes = codes.movedim(axis, 0).flatten(1).contiguous()
         getattr(self, f"{name}_packed").copy_(pack(codes, spec))
-        getattr(self, f"{name}_scale").copy_(scale)
+        self.put_scale(name, scale)
         if not spec.symmetric:
             value = pack_zero_point(zero_point, spec) if zero_point.dim() == 2 else zero_point
             getattr(self, f"{name}_zero_point").copy_(value)
+
+    def put_scale(self, name: str, scale: Tensor) -> None:
+        """Set a weight's scale."""
+        assert self.scheme.weight is not None
+        if not self.scheme.weight.double_quant:
+            getattr(self, f"{name}_scale").copy_(scale)
+            return
+        for part, value in zip(_SCALE_PARTS, quantize_scale(scale), strict=True):
+            getattr(self, f"{name}{part}").copy_(value)
 
     def put_activation(self, name: str, scale: Tensor, zero_point: Tensor) -> None:
         """Set a static activation's qparams."""
@@ -133,7 +158,11 @@ class PackedModule(QuantizedModule):
         getattr(self, f"{name}_zero_point").copy_(zero_point)
 
     def packed_weight(self, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
-        scale = getattr(self, f"{name}_scale")
+        assert self.scheme.weight is not None
+        if self.scheme.weight.double_quant:
+            scale = dequantize_scale(*(getattr(self, f"{name}{part}") for part in _SCALE_PARTS))
+        else:
+            scale = getattr(self, f"{name}_scale")
         if scale.dtype != torch.float32:  # `_apply` keeps it so
             raise RuntimeError(
                 f"{name}_scale is gathered in {scale.dtype}, which changes the weights: give fully_shard a MixedPrecisionPolicy "
@@ -144,7 +173,7 @@ class PackedModule(QuantizedModule):
     def dequantized_weight(self, name: str = "weight") -> Tensor:
         """The weight in float32 and its own shape."""
         axis, shape = self.weight_axes(self)[name], self.packed_shape(name)
-        return dequantize_op(*self.packed_weight(name), shape, axis, self.spec_args[0])
+        return dequantize_op(*self.packed_weight(name), shape, axis, self.spec_args[0], self.spec_args[2])
 
     def packed_shape(self, name: str) -> list[int]:
         """The float weight's shape, from the module's own attributes (no tensor is read)."""
@@ -168,7 +197,7 @@ class PackedModule(QuantizedModule):
         return x if spec is None else quantize_input(x, *self.input_args("output"), spec, self.input_axis)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        exact = {id(value) for name, value in self._parameters.items() if value is not None and name.endswith("_scale")}
+        exact = {id(value) for name, value in self._parameters.items() if value is not None and name.endswith(_EXACT)}
         moved_exactly = keep_fp32(fn)
         self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype)).dtype
         return super()._apply(lambda tensor: moved_exactly(tensor) if id(tensor) in exact else fn(tensor), recurse)

@@ -1,0 +1,80 @@
+"""bitsandbytes' kernels for nf4 and fp4 weights. Packed words have its layout, so nothing is copied or kept twice."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_quant.kernels import reference
+from lightning_quant.spec import QuantSpec
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("bitsandbytes") is not None
+
+
+@cache
+def _load() -> None:
+    """Import bitsandbytes, which registers its operators; what it has to say of kernels on a hub is not for our users."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, logger.disabled = logger.disabled, True
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.disabled = before
+
+
+def supports(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> bool:
+    """Blocks of nf4 or fp4 in a size that bitsandbytes has, on a device that it runs on."""
+    if weight_spec.dtype not in ("nf4", "fp4") or weight_spec.group_size not in BLOCKS or not weight_spec.flat_groups:
+        return False
+    return input_spec is None and x.device.type in ("cpu", "cuda", "xpu") and _installed()
+
+
+def dequantize_weight(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    shape: Sequence[int],
+    axis: int,
+    spec: QuantSpec,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`reference.dequantize_weight`, by `bitsandbytes::dequantize_4bit`."""
+    columns = math.prod(shape) // shape[axis]
+    if columns % 2 or dtype not in _DTYPES:  # its rows are whole bytes
+        return reference.dequantize_weight(packed, scale, zero_point, shape, axis, spec, dtype)
+    _load()
+    codes = packed.view(torch.uint8)[:, : columns // 2].contiguous()
+    size = (shape[axis], columns)
+    rows = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, spec.group_size, spec.dtype, size, dtype)
+    return rows.reshape([shape[axis], *(length for dim, length in enumerate(shape) if dim != axis)]).movedim(0, axis)
+
+
+def linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    in_features: int,
+    weight_spec: QuantSpec,
+    input_spec: QuantSpec | None,
+) -> Tensor:
+    """`F.linear` with a weight dequantized to the input's dtype: `[..., in_features]` -> `[..., out_features]`."""
+    shape = (weight_packed.shape[0], in_features)
+    weight = dequantize_weight(weight_packed, weight_scale, weight_zero_point, shape, 0, weight_spec, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
