@@ -1,13 +1,16 @@
 """Quantization for PyTorch Lightning: QAT, PTQ and packed low-bit models, each one line in a Trainer."""
 
+from lightning_quant.adapters import save_adapter
 from lightning_quant.allocate import allocate
 from lightning_quant.calibration_report import calibration_report
-from lightning_quant.callbacks import QATCallback, QuantizationMonitor, RandomStateCallback
+from lightning_quant.callbacks import LoRACallback, PackedBaseCallback, QATCallback, QuantizationMonitor, RandomStateCallback
 from lightning_quant.checkpoint import load_from_checkpoint
 from lightning_quant.compare import Comparison, compare
 from lightning_quant.coverage import CalibrationReport
 from lightning_quant.mixed import Sensitivity
 from lightning_quant.plots import plot_sensitivity
+from lightning_quant.precision import QuantPrecision
+from lightning_quant.pretrained import load_pretrained
 from lightning_quant.quantize import quantize
 from lightning_quant.recipe import Recipe
 from lightning_quant.report import Summary, summary

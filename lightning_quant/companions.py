@@ -103,6 +103,26 @@ def progress(trainer: L.Trainer, total: float) -> float:
     return trainer.fit_loop.epoch_loop.batch_progress.total.completed / total
 
 
+# --- making layers ----------------------------------------------------------------------------------------------------
+
+
+def configure(trainer: L.Trainer, module: L.LightningModule, who: str) -> None:
+    """Call a module's `configure_model` in Lightning's contexts, before Lightning does.
+
+    Raises:
+        MisconfigurationException: it needs what comes later.
+    """
+    try:
+        plugin = trainer.precision_plugin
+        with trainer.strategy.tensor_init_context(), trainer.strategy.model_sharded_context(), plugin.module_init_context():
+            module.configure_model()
+    except Exception as error:
+        raise MisconfigurationException(
+            f"{who} calls {type(module).__name__}.configure_model before the module's own setup(), so that its layers can be "
+            f"prepared before checkpoints are restored; there it raised {type(error).__name__}: {error}"
+        ) from error
+
+
 # --- strategies -----------------------------------------------------------------------------------------------------
 
 

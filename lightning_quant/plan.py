@@ -70,7 +70,7 @@ def _type_names(module: nn.Module) -> list[str]:
     return [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
 
 
-def _language_model_heads(model: nn.Module) -> set[int]:
+def language_model_heads(model: nn.Module) -> set[int]:
     """Output heads by id: what `get_output_embeddings` returns, and linear layers that share an embedding's weight."""
     heads: set[int] = set()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -262,7 +262,7 @@ def _check_ties(model: nn.Module, plan: Plan) -> None:
 
 def _match_all(model: nn.Module, plan: Plan, training: bool) -> list[tuple[Match, bool]]:
     """What the recipe quantizes, each with whether a pattern named it; the rest goes to `plan.skipped`."""
-    recipe, heads, routers = plan.recipe, _language_model_heads(model), _routers(model)
+    recipe, heads, routers = plan.recipe, language_model_heads(model), _routers(model)
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     found: list[tuple[Match, bool]] = []
     opaque: set[int] = set()  # out_proj of attention that stays in float: read by it, never called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_quant.callbacks.lora import LoRACallback
+from lightning_quant.callbacks.packed_base import PackedBaseCallback
 from lightning_quant.checkpoint import restore
+from lightning_quant.precision import QuantPrecision
 from lightning_quant.quantize import quantize
 from lightning_quant.recipe import Recipe
 from lightning_quant.surgery import is_packed
@@ -19,11 +23,21 @@ from lightning_quant.surgery import is_packed
 class Trainer(L.Trainer):
     """`lightning.Trainer`, whose `quantize` turns a trained model into a packed one.
 
+    With `QuantPrecision` it brings `PackedBaseCallback` along.
+
     Example:
         >>> trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
         >>> hasattr(trainer, "quantize")
         True
     """
+
+    @wraps(L.Trainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+        packs = any(isinstance(callback, (LoRACallback, PackedBaseCallback)) for callback in callbacks)
+        if isinstance(self.precision_plugin, QuantPrecision) and not packs:
+            callbacks.insert(0, PackedBaseCallback())
 
     def quantize(
         self,

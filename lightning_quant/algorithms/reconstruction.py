@@ -81,8 +81,21 @@ def choose_batches(unit: Unit, samples: int, iterations: int) -> Iterator[list[i
         order = order[samples:]
 
 
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error; of sequences `[samples, tokens, features]` relative to each token's mean square.
+
+    A few tokens of a language model are hundreds of times larger than the rest (Sun et al. 2024, arXiv:2402.17762, section 2) and
+    would be all that counts, though the norm that follows brings every token to one size.
+    """
+    error, target = (output.float() - target.float()).square(), target.float()
+    if target.dim() != 3:
+        return error.mean()
+    size = target.square().mean(-1, keepdim=True)
+    return (error / size.clamp(min=1e-4 * size.mean().clamp(min=1e-30))).mean()
+
+
 def gradients(unit: Unit, weights: dict[str, nn.Parameter], batches: list[int], dtype: torch.dtype | None) -> float:
-    """Leave the gradients of the mean squared error of the unit's output in the weights, over all ranks; returns the error."""
+    """Leave the gradients of the error of the unit's output (`distance`) in the weights, over all ranks; returns the error."""
     assert unit.targets is not None
     total = 0.0
     for weight in weights.values():
@@ -91,7 +104,7 @@ def gradients(unit: Unit, weights: dict[str, nn.Parameter], batches: list[int], 
         target = unit.targets[index]
         context = torch.autocast(target.device.type, dtype) if dtype is not None else contextlib.nullcontext()
         with torch.enable_grad(), context:
-            loss = (unit.output(index).float() - target.float()).square().mean() / len(batches)
+            loss = distance(unit.output(index), target) / len(batches)
         loss.backward()
         total += loss.item()
     if has_ranks():
@@ -106,14 +119,14 @@ def gradients(unit: Unit, weights: dict[str, nn.Parameter], batches: list[int], 
 
 
 def output_distance(unit: Unit, batches: list[int], dtype: torch.dtype | None) -> float:
-    """The mean squared error of the unit's output as it is now, over all ranks."""
+    """The error of the unit's output (`distance`) as it is now, over all ranks."""
     assert unit.targets is not None
     total = torch.zeros(())
     with torch.no_grad():
         for index in batches:
             target = unit.targets[index]
             with torch.autocast(target.device.type, dtype) if dtype is not None else contextlib.nullcontext():
-                total += (unit.output(index).float() - target.float()).square().mean().cpu() / len(batches)
+                total += distance(unit.output(index), target).cpu() / len(batches)
     if has_ranks():
         all_reduce(total, "sum")
     return total.item()

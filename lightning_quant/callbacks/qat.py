@@ -31,6 +31,7 @@ from lightning_quant.companions import (
     averaged_models,
     check_callbacks,
     check_strategy,
+    configure,
     progress,
     re_estimates_norms,
     restart_monitors,
@@ -143,22 +144,11 @@ class QATCallback(L.Callback):
                 return  # configure_model makes the layers, prepares and shards them: `_check_prepared` comes after it
         elif is_overridden("configure_model", pl_module):
             # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
-            self._configure(trainer, pl_module)
+            configure(trainer, pl_module, type(self).__name__)
         plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
         self._check_observed(plan)
         apply_plan(pl_module, plan, method=self.method)
         self._started = False  # another model's training may have set it
-
-    def _configure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        plugin = trainer.precision_plugin
-        try:
-            with trainer.strategy.tensor_init_context(), trainer.strategy.model_sharded_context(), plugin.module_init_context():
-                module.configure_model()
-        except Exception as error:
-            raise MisconfigurationException(
-                f"QATCallback calls {type(module).__name__}.configure_model before the module's own setup(), so that its "
-                f"layers can be prepared before checkpoints are restored; there it raised {type(error).__name__}: {error}"
-            ) from error
 
     def _check_prepared(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """After a configure_model that this callback has left to Lightning."""

@@ -16,7 +16,7 @@ from lightning_quant.fake_quant import keep_fp32
 from lightning_quant.kernels import dequantize as dequantize_op
 from lightning_quant.kernels.reference import quantize_input
 from lightning_quant.nn.base import QuantizedModule
-from lightning_quant.numerics import qparams_shape, quantize
+from lightning_quant.numerics import calc_qparams, qparams_shape, quantize, to_groups
 from lightning_quant.packing import pack, pack_zero_point, packed_words
 from lightning_quant.spec import QuantScheme, QuantSpec
 
@@ -110,7 +110,40 @@ class PackedModule(QuantizedModule):
         scale = state_dict.get(f"{prefix}pre_scale")
         if scale is not None and self._parameters.get("pre_scale") is None:  # a float skeleton does not tell of it
             self._parameters["pre_scale"] = nn.Parameter(torch.empty_like(scale), requires_grad=False)
+        took_float = self._take_float(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys = args[2]
+        if took_float and f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
+
+    @torch.no_grad()
+    def _take_float(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Quantize a float checkpoint's weights, rounded to nearest, as when this module was packed; not if ranges are missing."""
+        if self.scheme.needs_data:
+            return False
+        spec, found = self.scheme.weight, False
+        assert spec is not None
+        for name, axis in self.weight_axes(self).items():
+            weight = state_dict.get(f"{prefix}{name}")
+            if not isinstance(weight, Tensor) or f"{prefix}{name}_packed" in state_dict:
+                continue
+            if list(weight.shape) != list(self.packed_shape(name)):
+                continue  # reported as an unexpected key
+            del state_dict[f"{prefix}{name}"]
+            ranges = to_groups(weight.float(), spec, axis)
+            scale, zero_point = calc_qparams(ranges.amin(1), ranges.amax(1), spec)
+            size = qparams_shape(weight.shape, spec, axis)
+            fresh = copy.copy(self)
+            fresh._parameters = {key: None if value is None else value.clone() for key, value in self._parameters.items()}
+            fresh.put_weight(name, weight.float(), scale.reshape(size), zero_point.reshape(size), axis)
+            own = [
+                key
+                for key in fresh._parameters
+                if key.startswith((f"{name}_packed", f"{name}_scale", f"{name}_zero", f"{name}_shape"))
+            ]
+            state_dict.update({f"{prefix}{key}": fresh._parameters[key] for key in own})
+            found = True
+        return found
 
     def _allocate_float(self, module: nn.Module, device: Any) -> None:
         scale = module._parameters.get("pre_scale")
