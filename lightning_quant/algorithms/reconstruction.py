@@ -91,7 +91,7 @@ def distance(output: Tensor, target: Tensor) -> Tensor:
     if target.dim() != 3:
         return error.mean()
     size = target.square().mean(-1, keepdim=True)
-    return (error / size.clamp(min=1e-4 * size.mean().clamp(min=1e-30))).mean()
+    return (error / size.clamp(min=0.01 * size.median().clamp(min=1e-30))).mean()
 
 
 def gradients(unit: Unit, weights: dict[str, nn.Parameter], batches: list[int], dtype: torch.dtype | None) -> float:
