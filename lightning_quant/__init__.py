@@ -7,6 +7,7 @@ from lightning_quant.callbacks import LoRACallback, PackedBaseCallback, QATCallb
 from lightning_quant.checkpoint import load_from_checkpoint
 from lightning_quant.compare import Comparison, compare
 from lightning_quant.coverage import CalibrationReport
+from lightning_quant.merging import Merged, merge_adapter
 from lightning_quant.mixed import Sensitivity
 from lightning_quant.plots import plot_sensitivity
 from lightning_quant.precision import QuantPrecision

@@ -9,20 +9,24 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.loftq import loftq
 from lightning_quant.nn import FakeModule, PackedModule
 from lightning_quant.nn.base import decode_state, encode_state
-from lightning_quant.plan import language_model_heads
+from lightning_quant.plan import language_model_heads, plan_model
+from lightning_quant.recipe import Recipe
 
 ADAPTER = "default"
 # what an adapter's state says of the base that it belongs to
 BASE_KEY = "lora_base"
-_RECORD = "_lightning_quant_adapter"
+RECORD = "_lightning_quant_adapter"
+LOFTQ_ITERATIONS = 5
 # PEFT's initialisations that change the base's weights
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
@@ -123,26 +127,89 @@ def inject(
         modules_to_save=list(modules_to_save) or None,
         **options,
     )
+    fakes = [name for name in targets if isinstance(root.get_submodule(name), FakeModule)]
+    if fakes and (dropout or options):
+        raise ValueError(
+            f"{fakes[0]} is fake-quantized together with its adapter, which cannot be with dropout={dropout} and options "
+            f"{dict(options)}: use dropout=0 and plain LoRA"
+        )
+    config._register_custom_module({FakeModule: fake_lora_layer()} if fakes else {})
     for value in module.parameters():
         value.requires_grad_(False)
     inject_adapter_in_model(config, root)
     for value in root.parameters():  # of a bfloat16 base, too, adapters are trained in float32
         if value.requires_grad and value.is_floating_point():
             value.data = value.data.float()
-    module.__dict__[_RECORD] = {"root": where}
+    module.__dict__[RECORD] = {"root": where}
     return where
+
+
+@cache
+def fake_lora_layer() -> type[nn.Module]:
+    """PEFT's layer around a fake-quantized one, which rounds the sum of its weight and the adapter's."""
+    from peft.tuners.lora import Linear
+
+    class FakeLoraLinear(Linear):
+        def __init__(self, base_layer: FakeModule, adapter_name: str, **kwargs: Any) -> None:
+            transposed = base_layer.weight_axes(base_layer)["weight"] == 1
+            super().__init__(base_layer, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
+            self.fan_in_fan_out = transposed
+            base_layer.adapter = [self]
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = self.base_layer(x, *args, **kwargs)
+            return out
+
+    return FakeLoraLinear
 
 
 def has_adapter(module: nn.Module) -> bool:
     """Whether `inject` was applied to this module."""
-    return _RECORD in module.__dict__
+    return RECORD in module.__dict__
 
 
 def adapter_root(module: nn.Module) -> nn.Module:
     """The submodule that adapters were made in."""
     if not has_adapter(module):
         raise ValueError(f"this {type(module).__name__} has no adapter: train it with LoRACallback")
-    return module.get_submodule(module.__dict__[_RECORD]["root"])
+    return module.get_submodule(module.__dict__[RECORD]["root"])
+
+
+@torch.no_grad()
+def start_loftq(module: nn.Module, recipe: Recipe, r: int, target_modules: str | Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Change a float model's weights to what LoftQ quantizes, before it is packed.
+
+    Returns:
+        layer of `find_root`'s module -> its adapter's A and B.
+
+    Raises:
+        ValueError: the weights are packed already.
+    """
+    where, root = find_root(module)
+    if any(isinstance(part, PackedModule) for part in module.modules()):
+        raise ValueError("init='loftq' starts from float weights, and the model is packed already: make its layers in __init__")
+    planned = {match.name: match for match in plan_model(module, recipe, training=False).matches}
+    found = {}
+    for name in find_targets(root, target_modules):
+        match = planned.get(f"{where}.{name}" if where else name)
+        if match is None or match.scheme.weight is None:
+            continue
+        layer: Any = match.module
+        axis = match.entry.fake.weight_axes(layer)["weight"]
+        rest, down, up = loftq(layer.weight.movedim(axis, 0), match.scheme.weight, r, LOFTQ_ITERATIONS)
+        layer.weight.copy_(rest.movedim(0, axis))
+        found[name] = (down, up)
+    return found
+
+
+@torch.no_grad()
+def put_adapter(module: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Set the A and B of adapters, so that `B A` is what they add to the weight."""
+    root = adapter_root(module)
+    for name, (down, up) in values.items():
+        layer: Any = root.get_submodule(name)
+        layer.lora_A[ADAPTER].weight.copy_(down)
+        layer.lora_B[ADAPTER].weight.copy_(up / layer.scaling[ADAPTER])
 
 
 def adapter_config(module: nn.Module) -> Any:
@@ -201,10 +268,15 @@ def leave_out_base(module: nn.Module) -> None:
 
     The state tells which base it belongs to; loading it over another base raises.
     """
-    record = module.__dict__[_RECORD]
+    record = module.__dict__[RECORD]
     record["base"] = fingerprint(module)
     module.register_state_dict_post_hook(_drop_base)
     module.register_load_state_dict_pre_hook(_add_base)
+
+
+def is_base_hook(hook: Any) -> bool:
+    """Whether a hook is one of those of `leave_out_base`."""
+    return getattr(hook, "hook", hook) in (_drop_base, _add_base)
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -216,14 +288,14 @@ def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any
         described = name.endswith("_extra_state") and f"{name.removesuffix('_extra_state')}weight_packed" in base
         if name in base or described:
             del state[name]
-    state[BASE_KEY] = encode_state({"format": 1, "base": module.__dict__[_RECORD]["base"]})
+    state[BASE_KEY] = encode_state({"format": 1, "base": module.__dict__[RECORD]["base"]})
 
 
 def _add_base(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     found = state.pop(prefix + BASE_KEY, None)
     if found is None or prefix or not has_adapter(module):
         return  # a whole state
-    theirs, mine = decode_state(found)["base"], module.__dict__[_RECORD]["base"]
+    theirs, mine = decode_state(found)["base"], module.__dict__[RECORD]["base"]
     if theirs != mine:
         raise ValueError(
             f"the checkpoint's adapter was trained on another base: its weights have SHA-256 {theirs[:12]}..., those of this "

@@ -50,7 +50,9 @@ def base_recipe(mode: str | Mapping[str, Any] | Recipe, ignore: tuple[str, ...] 
             raise ValueError(f"{error}. As a base also: {', '.join(MODES)}") from None
     if double_quant:
         told["double_quant"] = True
-    told["ignore"] = [*told.get("ignore", ()), *(pattern for pattern in ignore if pattern not in told.get("ignore", ()))]
+    before = told.get("ignore", ())
+    # output heads are left alone anyway, under whatever name
+    told["ignore"] = [*before, *(pattern for pattern in ignore if pattern not in before and pattern != "lm_head")]
     recipe = Recipe.from_dict(told)
     schemes = [recipe.scheme, recipe.edges, *recipe.schemes.values()]
     if any(scheme is not None and scheme.needs_data for scheme in schemes) or recipe.algorithms:

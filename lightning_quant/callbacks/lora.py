@@ -11,8 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 
-from lightning_quant.adapters import adapter_config, adapter_root, has_adapter, inject, leave_out_base, save_adapter
+from lightning_quant.adapters import (
+    adapter_config,
+    adapter_root,
+    has_adapter,
+    inject,
+    leave_out_base,
+    put_adapter,
+    save_adapter,
+    start_loftq,
+)
 from lightning_quant.callbacks.packed_base import pack_base
+from lightning_quant.precision import QuantPrecision
+from lightning_quant.recipe import Recipe
 
 _PEFT = RequirementCache("peft>=0.18")
 
@@ -97,8 +108,11 @@ class LoRACallback(L.Callback):
         if has_adapter(pl_module):
             self._check_same(pl_module)
             return
-        pack_base(trainer, pl_module, type(self).__name__)
+        start = {}
         try:
+            if self.init == "loftq":
+                start = start_loftq(pl_module, self._base_recipe(trainer), self.r, self.target_modules)
+            pack_base(trainer, pl_module, type(self).__name__)
             inject(
                 pl_module,
                 r=self.r,
@@ -111,6 +125,7 @@ class LoRACallback(L.Callback):
             )
         except ValueError as error:
             raise MisconfigurationException(f"LoRACallback: {error}") from error
+        put_adapter(pl_module, start)
         self._check_same(pl_module)
         if self.gradient_checkpointing:
             self._checkpoint_gradients(pl_module)
@@ -119,6 +134,15 @@ class LoRACallback(L.Callback):
         trained = sum(value.numel() for value in pl_module.parameters() if value.requires_grad)
         layers = len(adapter_config(pl_module).target_modules)
         rank_zero_info(f"LoRACallback: {trained:,} parameters are trained, {layers} layers adapted")
+
+    @staticmethod
+    def _base_recipe(trainer: L.Trainer) -> Recipe:
+        plugin = trainer.precision_plugin
+        if not isinstance(plugin, QuantPrecision):
+            raise ValueError(
+                "init='loftq' makes up for packing, and nothing is packed: give Trainer(plugins=[lq.QuantPrecision(...)])"
+            )
+        return plugin.recipe
 
     def _check_same(self, module: L.LightningModule) -> None:
         config = adapter_config(module)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_quant.adapters import has_adapter
 from lightning_quant.calibration import (
     drop_linked_gradients,
     finish_observing,
@@ -137,6 +138,8 @@ class QATCallback(L.Callback):
         if is_prepared(pl_module):
             self._check_same(pl_module)
             return
+        if has_adapter(pl_module):
+            raise MisconfigurationException("adapters are made on layers with quantizers: list QATCallback before LoRACallback")
         if stage == "fit":
             check_callbacks(trainer, self)
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -256,6 +259,7 @@ class QATCallback(L.Callback):
             name
             for name, part in module.named_modules()
             if lookup(type(part)) is not None and not isinstance(part, FakeModule) and name not in info.skipped
+            if not (has_adapter(module) and ".lora_" in name)
         ]
         for name in late:
             info.skipped[name] = _MADE_LATE

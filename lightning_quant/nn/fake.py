@@ -26,12 +26,14 @@ class FakeModule(QuantizedModule):
     # what the input is multiplied by before it is quantized, [input features]: SmoothQuant and AWQ, where no layer takes it over
     pre_scale: nn.Parameter | None
     setup: Setup
+    # the LoRA layer around this one, in a list: what it learns is added to the weight before that is quantized
+    adapter: list[Any]
     # whether the weights are on their grids for good
     settled = False
 
     def attach(self, setup: Setup) -> None:
         """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
-        self.setup, self.scheme, self.folded_norm = setup, setup.scheme, []
+        self.setup, self.scheme, self.folded_norm, self.adapter = setup, setup.scheme, [], []
         self.register_parameter("pre_scale", None)
         assert setup.scheme.weight is not None
         learned = setup.method == "lsq"
@@ -65,8 +67,9 @@ class FakeModule(QuantizedModule):
             self.add_module(f"{name}_fake_quant", quantizer)
 
     def get_weight(self, name: str) -> Tensor:
-        """The float weight of that name, before any fold."""
-        return getattr(self, name)
+        """The float weight of that name, before any fold, and what an adapter adds to it."""
+        weight = getattr(self, name)
+        return weight + self.adapter[0].get_delta_weight("default").to(weight.dtype) if self.adapter else weight
 
     def effective_weight(self, name: str, exact: bool = False) -> Tensor:
         """The float weight that is quantized: with its BatchNorm folded in, if it has one.
