@@ -15,6 +15,9 @@ from lightning_quant.spec import QuantSpec
 # index of an ascending codebook -> bitsandbytes' code: a sign bit, and its own order of the magnitudes
 _BNB_CODES = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3)}
 
+# codes that are packed at once
+_CHUNK = 1 << 20
+
 
 def packed_words(columns: int, bits: int) -> int:
     """Words that a row of `columns` codes takes.
@@ -89,6 +92,9 @@ def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     """
     if codes.dim() != 2:
         raise ValueError(f"pack takes [rows, columns], not {tuple(codes.shape)}")
+    rows = max(_CHUNK // max(codes.shape[1], 1), 1)
+    if len(codes) > rows and type(codes) is Tensor:  # eight-byte integers of a whole weight would be ten times its own size
+        return torch.cat([pack(part, spec) for part in codes.split(rows)])
     if spec.dtype in FLOAT8:
         return _pack_unsigned(codes.view(torch.uint8), 8)
     if spec.dtype in CODEBOOKS:

@@ -122,7 +122,6 @@ def load_pretrained(
     plan = plan_model(model, known, training=True)
     notes = {match.name: match.note for match in plan.matches if match.note}
     float_dtype = None if dtype is None else getattr(torch, dtype)
-    by_id = {id(match.module): match for match in plan.matches}
     filled: set[int] = set()
     float_bytes = 0
 
@@ -137,18 +136,16 @@ def load_pretrained(
             float_bytes += read.numel() * read.element_size()
             new = nn.Parameter(read, value.requires_grad and read.is_floating_point())
             filled.add(id(new))
-            for owner, name in owners[id(value)]:
+            for owner, name in owners.pop(id(value)):
                 owner._parameters[name] = new
 
     built: dict[int, nn.Module] = {}
-    for module in list(model.modules()):
-        match = by_id.get(id(module))
-        if match is not None:
-            fill(module)
-            packed = pack_module(match, known, backend, built)
-            built[id(module)] = packed
-            replace_modules(model, {id(module): packed})
-            match.module, by_id[id(packed)] = packed, match
+    for match in reversed(plan.matches):  # what attention holds comes before it; nothing else may hold on to a float layer
+        fill(match.module)
+        packed = pack_module(match, known, backend, built)
+        built[id(packed)] = packed
+        replace_modules(model, {id(match.module): packed})
+        match.module = packed
     fill(model)
     _fill_buffers(model, weights)
     disable_fast_path(model)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,7 +85,27 @@ def pack_module(match: Match, recipe: Recipe, backend: str = "", built: dict[int
     packed = fake.to_packed(built)
     packed.use_backend(backend)
     packed.train(fake.training)
+    fake._parameters.clear()  # whoever holds on to the module does not hold on to its weights
+    fake._modules.clear()
+    _give_back()
     return packed
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    """glibc's `malloc_trim`, where there is one."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: small packed weights between large float ones would keep all of theirs."""
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
 
 
 def pack_in_place(model: nn.Module, recipe: Recipe, backend: str = "") -> nn.Module:
@@ -132,7 +154,7 @@ def pack_in_place(model: nn.Module, recipe: Recipe, backend: str = "") -> nn.Mod
         plan.matches, key=lambda match: issubclass(match.entry.fake, FakeMultiheadAttention)
     ):  # after their out_proj
         packed = pack_module(match, recipe, backend, built)
-        built[id(match.module)] = packed
+        built[id(packed)] = packed
         replace_modules(model, {id(match.module): packed})
         match.module = packed
     for packed in packed_modules(model).values():
