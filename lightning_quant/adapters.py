@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.export.compressed_tensors import is_pretrained
 from lightning_quant.loftq import loftq
 from lightning_quant.nn import FakeModule, PackedModule
 from lightning_quant.nn.base import decode_state, encode_state
@@ -31,16 +32,12 @@ LOFTQ_ITERATIONS = 5
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
-def _is_pretrained(module: nn.Module) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
-
-
 def find_root(module: nn.Module) -> tuple[str, nn.Module]:
     """Where adapters go: the only transformers model inside, with its name; else the module itself, whose name is `""`."""
     found: list[tuple[str, nn.Module]] = []
     for name, part in module.named_modules():
         inside = any(name.startswith(f"{other}.") or not other for other, _ in found)
-        if not inside and _is_pretrained(part):
+        if not inside and is_pretrained(part):
             found.append((name, part))
     return found[0] if len(found) == 1 else ("", module)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_quant.export.compressed_tensors import (
+    from_compressed,
+    is_pretrained,
+    quantization_config,
+    reason_against,
+    to_compressed,
+)
 from lightning_quant.fitting import INFO
 from lightning_quant.nn import PackedModule, Unsupported, find_entry
 from lightning_quant.nn.attention import PackedMultiheadAttention, disable_fast_path
@@ -27,7 +35,7 @@ from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantScheme
 from lightning_quant.surgery import ModelInfo, get_info, is_packed
 
-CONFIG = "quantization.json"
+CONFIG, INDEX = "quantization.json", "model.safetensors.index.json"
 
 
 def _version(package: str) -> str:
@@ -66,6 +74,9 @@ def _split_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 def save_quantized(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write a packed model: `model-<hash>.safetensors` and `quantization.json` (recipe, versions, checksum).
 
+    Of a transformers model also what `from_pretrained` reads (`config.json` with compressed-tensors' `quantization_config`, and an
+    index), for integers and float8 without static activations; where that cannot be, a warning tells why.
+
     The description is replaced last and at once, so that a reader finds the old model or the new one. Under
     `torch.distributed` rank 0 writes and the others wait.
 
@@ -102,12 +113,24 @@ def _write(model: nn.Module, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _split_aliases(model.state_dict())
     info = get_info(model)
+    described: dict[str, Any] | None = None
+    extra: dict[str, Any] = {}
+    apart: dict[str, Tensor] = {}
+    if is_pretrained(model):
+        reason = reason_against(model)
+        if reason is None:
+            tensors, apart, described = to_compressed(model, tensors)
+        else:
+            warnings.warn(
+                f"only lq.load_quantized can read {target}, and not transformers: compressed-tensors cannot hold it, as {reason}",
+                stacklevel=3,
+            )
     mark = uuid.uuid4().hex[:8]
     temporary, config_temporary = target / f".model-{mark}.tmp", target / f".{CONFIG}-{mark}.tmp"
     try:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={"format": "pt"})
         checksum = _sha256(temporary)
-        name = f"model-{checksum[:12]}.safetensors"
+        name, beside = f"model-{checksum[:12]}.safetensors", f"zero-points-{checksum[:12]}.safetensors"
         config = {
             "format": FORMAT,
             "versions": {"lightning_quant": _version("lightning-quant"), "torch": torch.__version__},
@@ -120,16 +143,48 @@ def _write(model: nn.Module, target: Path) -> None:
             "folded": info.folded if info else {},
             "notes": info.notes if info else {},
             "float_bytes": info.float_bytes if info else None,
+            "described": described,
+            "zero_points": beside if apart else None,
         }
+        if described is not None:
+            extra = _for_transformers(model, tensors, name)
         config_temporary.write_text(json.dumps(config, indent=2))
         os.replace(temporary, target / name)
+        if apart:
+            save_file(apart, temporary)
+            os.replace(temporary, target / beside)
+        for file, content in extra.items():
+            part = target / f".{file}-{mark}.tmp"
+            part.write_text(json.dumps(content, indent=2))
+            os.replace(part, target / file)
+        if described is None:
+            _drop_stale(target)
         os.replace(config_temporary, target / CONFIG)
     finally:
         temporary.unlink(missing_ok=True)
         config_temporary.unlink(missing_ok=True)
-    for stale in target.glob("model-????????????.safetensors"):
-        if stale.name != name:
-            stale.unlink()
+    for pattern in ("model-????????????.safetensors", "zero-points-????????????.safetensors"):
+        for stale in target.glob(pattern):
+            if stale.name not in (name, beside if apart else name):
+                stale.unlink()
+
+
+def _drop_stale(target: Path) -> None:
+    """Remove what an earlier save wrote for transformers, whose weights are gone."""
+    path = target / "config.json"
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(path.read_text()).get("quantization_config", {}).get("quant_method") == "compressed-tensors":
+            path.unlink()
+            (target / INDEX).unlink(missing_ok=True)
+
+
+def _for_transformers(model: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """The files by which `from_pretrained` finds a packed model's weights and how they are quantized."""
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__], "quantization_config": quantization_config(model)}
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    files = {"config.json": config, INDEX: {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, name)}}
+    generation = getattr(model, "generation_config", None)
+    return files if generation is None else {**files, "generation_config.json": generation.to_dict()}
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -163,7 +218,11 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{weights} is damaged: its SHA-256 is {found[:12]}..., {CONFIG} says {config['sha256'][:12]}... "
             f"(a changed byte, or a file cut short): copy the model again"
         )
-    return config, load_file(weights)
+    state = load_file(weights)
+    if not config.get("described"):
+        return config, state
+    apart = load_file(source / config["zero_points"]) if config.get("zero_points") else {}
+    return config, from_compressed(state, apart, config["described"])
 
 
 def load_quantized(module: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:

@@ -57,7 +57,8 @@ def dequantize_weight(
         return reference.dequantize_weight(packed, scale, zero_point, shape, axis, spec, dtype)
     _load()
     codes = packed.view(torch.uint8)[:, : columns // 2].contiguous()
-    size = (shape[axis], columns)
+    # 0.50 reads wrong scales on CPUs where a row is no whole number of blocks
+    size = (shape[axis], columns) if columns % (spec.group_size or 1) == 0 else (1, shape[axis] * columns)
     rows = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, spec.group_size, spec.dtype, size, dtype)
     return rows.reshape([shape[axis], *(length for dim, length in enumerate(shape) if dim != axis)]).movedim(0, axis)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_quant import kernels
 from lightning_quant.kernels import KERNELS
+from lightning_quant.packing import pack
 from lightning_quant.spec import PRESETS, QuantScheme, QuantSpec
 from lightning_quant.surgery import convert, prepare
 from tests.helpers import assert_close, calibrate, own_values, read_codes, segments, stored_activation, stored_zero_points
@@ -239,3 +240,15 @@ def test_autocast(preset):
         out = packed(x)
     assert out.dtype == torch.bfloat16
     assert_close(out, packed(x), 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(48, 48), (48, 80), (24, 48), (7, 16), (5, 6), (33, 192), (9, 7)], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_reads_rows_that_are_no_whole_blocks(kind, shape, dtype):
+    pytest.importorskip("bitsandbytes")
+    spec = QuantSpec(4, kind, granularity="group", group_size=64)
+    codes = torch.randint(0, 15, shape, dtype=torch.uint8)
+    scale = torch.rand(-(-shape[0] * shape[1] // 64)) + 0.5
+    args = (pack(codes, spec), scale, None, shape, 0, spec, dtype)
+    assert torch.equal(KERNELS["bitsandbytes"].ops["dequantize"](*args), KERNELS["reference"].ops["dequantize"](*args))
