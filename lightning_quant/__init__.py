@@ -9,6 +9,7 @@ from lightning_quant.compare import Comparison, compare
 from lightning_quant.coverage import CalibrationReport
 from lightning_quant.merging import Merged, merge_adapter
 from lightning_quant.mixed import Sensitivity
+from lightning_quant.optimizers import make_optimizer
 from lightning_quant.plots import plot_sensitivity
 from lightning_quant.precision import QuantPrecision
 from lightning_quant.pretrained import load_pretrained
@@ -19,6 +20,7 @@ from lightning_quant.sensitivity import sensitivity
 from lightning_quant.serialization import load_quantized, save_quantized
 from lightning_quant.spec import PRESETS, QuantScheme, QuantSpec
 from lightning_quant.surgery import convert, param_groups, prepare
+from lightning_quant.text import CausalLMModule, TextDataModule
 from lightning_quant.trainer import Trainer
 
 __version__ = "0.1.0"

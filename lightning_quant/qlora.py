@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -165,31 +166,36 @@ def pack_in_place(model: nn.Module, recipe: Recipe, backend: str = "") -> nn.Mod
 
 
 def _take_early(model: nn.Module) -> dict[str, int]:
-    """What `packing_as_built` packed: name -> bytes that it had in float."""
+    """What was packed before, while it was made or read: name -> bytes that it had in float."""
     return {
-        name: sum(torch.Size(packed.packed_shape(weight)).numel() for weight in packed.weight_axes(packed))
-        * packed._float_dtype.itemsize
+        name: sum(prod(packed.packed_shape(weight)) for weight in packed.weight_axes(packed)) * packed._float_dtype.itemsize
         for name, packed in packed_modules(model).items()
     }
 
 
 def _plan(model: nn.Module, recipe: Recipe, started: bool) -> Plan:
-    """The plan for what is not packed yet."""
+    """The plan for what is not packed yet. A submodule that was packed on its own keeps what it has in float."""
     if not started:
         return plan_model(model, recipe, training=False)
     hidden: list[tuple[nn.Module, str, nn.Module]] = []
+    skipped: dict[str, str] = {}
+    for name, part in model.named_modules():
+        if name and (info := get_info(part)) is not None:
+            skipped |= {f"{name}.{inner}": reason for inner, reason in info.skipped.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, PackedModule):
+            if child is not None and (isinstance(child, PackedModule) or get_info(child) is not None):
                 hidden.append((parent, name, child))
                 parent._modules[name] = nn.Identity()
+    plan = Plan(recipe)
     try:
         with contextlib.suppress(ValueError):  # nothing is left to quantize
-            return plan_model(model, recipe, warn=False, training=False)
-        return Plan(recipe)
+            plan = plan_model(model, recipe, warn=False, training=False)
     finally:
-        for parent, name, child in hidden:
+        for parent, name, child in reversed(hidden):
             parent._modules[name] = child
+    plan.skipped = {**skipped, **plan.skipped}
+    return plan
 
 
 # --- packing while a model is built ---------------------------------------------------------------------------------

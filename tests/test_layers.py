@@ -28,17 +28,17 @@ ORDER = [
     *("fold", "rescaling", "pairs", "plan", "fitting", "surgery", "calibration"),
     *("activations", "layout", "blocks", "statistics", "outputs"),
     *("scaling", "algorithms.base", "algorithms.ranges", "algorithms.reconstruction"),
-    *("algorithms.*", "algorithms", "qlora", "pretrained", "loftq", "export", "export.*", "adapters"),
+    *("algorithms.*", "algorithms", "qlora", "pretrained", "loftq", "export", "export.*", "adapters", "optimizers"),
     *("serialization", "report", "merging", "mixed", "allocate", "plots"),
     *("distributions", "samples", "watching", "chance", "coverage"),
     *("passes", "work", "sequential", "preflight", "pipeline"),
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
-    *("companions", "precision", "callbacks.packed_base", "callbacks.*", "callbacks", "trainer"),
+    *("companions", "precision", "text", "callbacks.packed_base", "callbacks.*", "callbacks", "trainer"),
     *("cli", "__main__", ""),
 ]
 MAY_IMPORT_LIGHTNING = [
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
-    *("companions", "callbacks", "callbacks.*", "precision", "trainer", "cli", ""),
+    *("companions", "callbacks", "callbacks.*", "precision", "text", "trainer", "cli", ""),
 ]
 OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors", "matplotlib"}
 
