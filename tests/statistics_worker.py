@@ -22,6 +22,13 @@ RECIPES = {
     "gptq": lq.Recipe("w4a16", group_size=8, algorithms=["awq", "gptq"]),
     "smoothquant": lq.Recipe("w8a8", algorithms=["smoothquant"]),
     "autoround": lq.Recipe("w4a16", group_size=8, algorithms=["autoround"], algorithm_options={"autoround": {"iterations": 4}}),
+    "adaround": lq.Recipe("w4a16", group_size=8, algorithms=["adaround"], algorithm_options={"adaround": {"iterations": 8}}),
+    "images": lq.Recipe(
+        lq.QuantScheme(lq.QuantSpec(4, granularity="tensor"), lq.QuantSpec(8, symmetric=False, granularity="tensor")),
+        algorithms=["equalization", "adaround", "bias_correction"],
+        algorithm_options={"adaround": {"iterations": 40}},
+    ),
+    "images, gptq": lq.Recipe("w4a4", algorithms=["equalization", "gptq", "bias_correction"], edges=None),
 }
 
 
@@ -59,6 +66,25 @@ def model() -> nn.Module:
     return net
 
 
+def convolutions() -> nn.Module:
+    torch.manual_seed(1)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 8), (8, 8), (8, 6)):
+        layers += [nn.Conv2d(inputs, outputs, 3, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers[-2].running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 4)).eval()
+
+
+def images(rank: int, world: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(4)][rank::world]
+
+
+def task(name: str) -> tuple[Any, Any]:
+    """The model of a recipe, and its batches."""
+    return (convolutions, images) if name.startswith("images") else (model, batches)
+
+
 def batches(rank: int, world: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     made = [torch.randn(8, 16, generator=generator) for _ in range(4)]
@@ -78,9 +104,10 @@ def run(rank: int, world: int, folder: Path | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"hessians": seen}
     for name, recipe in RECIPES.items():
         options = {"memory_budget": 600, "work_dir": folder / name} if folder is not None else {}
-        found[name] = lq.quantize(model(), recipe, batches(rank, world), **options).state_dict()
+        make, data = task(name)
+        found[name] = lq.quantize(make(), recipe, data(rank, world), **options).state_dict()
         if folder is not None:  # all is there
-            found[f"{name} again"] = lq.quantize(model(), recipe, batches(rank, world), **options).state_dict()
+            found[f"{name} again"] = lq.quantize(make(), recipe, data(rank, world), **options).state_dict()
     return found
 
 

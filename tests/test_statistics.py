@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.serialization import build_packed
 from lightning_quant.statistics import SAMPLES, collecting, put_weight_matrix, weight_matrix, why_no_rows
 from lightning_quant.surgery import fake_modules, prepare
 from tests.helpers import assert_same_state
-from tests.statistics_worker import RECIPES, run
+from tests.statistics_worker import RECIPES, run, task
 
 KINDS = ("hessian", "total", "count", "low", "high", "rows")
 
@@ -164,6 +165,30 @@ def test_ranks_come_to_one_result_and_share_a_work_dir(name: str, ranks: list[di
     assert_same_state(ranks[0][name], ranks[1][name])
     for rank in ranks:
         assert_same_state(rank[f"{name} again"], rank[name])
+
+
+@pytest.mark.xdist_group("ddp")
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_ranks_do_as_well_as_one_process(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Sums over ranks are those of one process; what is learned step by step sees other batches, and ends as near."""
+    make, data = task(name)
+    errors = {}
+    for where, state in (("two", ranks[0][name]), ("one", run_one(name)), ("nearest", nearest(name))):
+        packed = build_packed(make(), state, where)
+        errors[where] = sum((packed(x) - make()(x)).square().mean().item() for x in data(0, 1))
+    assert errors["two"] < 1.25 * errors["one"]
+    assert errors["two"] < (1.2 if name in ("autoround", "adaround") else 1.0) * errors["nearest"]  # a few steps on two blocks
+
+
+def run_one(name: str) -> dict[str, Tensor]:
+    make, data = task(name)
+    return lq.quantize(make(), RECIPES[name], data(0, 1)).state_dict()
+
+
+def nearest(name: str) -> dict[str, Tensor]:
+    make, data = task(name)
+    recipe = {**RECIPES[name].to_dict(), "algorithms": [], "algorithm_options": {}}
+    return lq.quantize(make(), recipe, data(0, 1)).state_dict()
 
 
 def test_algorithms_leave_the_random_state_alone() -> None:
