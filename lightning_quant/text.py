@@ -73,7 +73,8 @@ class TextDataModule(L.LightningDataModule):
         train_range, validation_range, test_range: which tokens of the source to take, `[from, to]`, as in a slice.
         column: of a `datasets` object.
         num_workers: of the loaders.
-        seed: of the order in training.
+
+    The order in training is drawn from torch's random state: `seed_everything` repeats it, `RandomStateCallback` resumes it.
 
     Raises:
         MisconfigurationException: a source is too short for one window.
@@ -105,7 +106,6 @@ class TextDataModule(L.LightningDataModule):
         test_range: Range = (None, None),
         column: str = "text",
         num_workers: int = 0,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("window", window), ("batch_size", batch_size), ("calibration_windows", calibration_windows)):
@@ -113,7 +113,7 @@ class TextDataModule(L.LightningDataModule):
                 raise MisconfigurationException(f"TextDataModule {name}={value!r}: an int from 1 on")
         self.tokenizer, self.window, self.batch_size, self.calibration_windows = tokenizer, window, batch_size, calibration_windows
         self.sources = {"train": (train, train_range), "validation": (validation, validation_range), "test": (test, test_range)}
-        self.column, self.num_workers, self.seed = column, num_workers, seed
+        self.column, self.num_workers = column, num_workers
         self.windows: dict[str, Windows] = {}
 
     def setup(self, stage: str) -> None:
@@ -152,9 +152,7 @@ class TextDataModule(L.LightningDataModule):
         windows = self._windows(name)
         if windows is None:
             return []
-        generator = torch.Generator().manual_seed(self.seed) if name == "train" else None
-        options = {"batch_size": self.batch_size, "num_workers": self.num_workers, "generator": generator}
-        return DataLoader(windows, shuffle=name == "train", **options)  # type: ignore[arg-type]
+        return DataLoader(windows, self.batch_size, shuffle=name == "train", num_workers=self.num_workers)
 
     def train_dataloader(self) -> Any:
         return self._loader("train")
