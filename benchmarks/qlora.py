@@ -77,9 +77,8 @@ def by_hand(model: nn.Module) -> nn.Module:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in TARGETS:
-            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                                    compress_statistics=False)  # fmt: skip
-            new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False)
+            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, torch.bfloat16, False, "nf4")
+            new.weight = bnb.nn.Params4bit(layer.weight.data, False, blocksize=64, compress_statistics=False, quant_type="nf4")
             model.set_submodule(name, new.to("cpu"))
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS))
@@ -172,11 +171,8 @@ def step_times(args: argparse.Namespace) -> None:
             seconds[row].append(next(steps))
     middle = {row: statistics.median(values[1:]) for row, values in seconds.items()}
     first = next(iter(middle.values()))
-    print(
-        table(
-            ("step", "CPU seconds", "of bfloat16"), [(row, f"{value:.2f}", f"{value / first:.2f}") for row, value in middle.items()]
-        )
-    )
+    rows = [(row, f"{value:.2f}", f"{value / first:.2f}") for row, value in middle.items()]
+    print(table(("step", "CPU seconds", "of bfloat16"), rows))
 
 
 def main() -> None:
