@@ -1,0 +1,52 @@
+"""A fine-tune that was killed ends as one that was not, to the bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.callbacks.lora_resume_worker import BATCHES, EPOCHS
+
+ROOT = Path(__file__).parents[2]
+
+
+def fit(folder: Path, step: int) -> int:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.callbacks.lora_resume_worker", str(folder), str(step)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode
+
+
+def equal(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return bool(one == two)
+
+
+def test_killed_twice_and_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert fit(tmp_path / "whole", -1) == 0
+    for step in (BATCHES + 2, 2 * BATCHES + 3):
+        assert fit(tmp_path / "killed", step) == -signal.SIGKILL
+    assert fit(tmp_path / "killed", -1) == 0
+    whole, killed = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "killed"))
+    assert whole["global_step"] == killed["global_step"] == EPOCHS * BATCHES
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert equal(whole[part], killed[part])
+    first = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)
+    assert not equal(first["state_dict"], whole["state_dict"])
+    states = str(whole["optimizer_states"])
+    assert "uint8" in states
+    folders = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert folders[0] == folders[1]
