@@ -22,7 +22,7 @@ def load(name: str) -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["cifar10", "llm"])
+@pytest.mark.parametrize("name", ["cifar10", "llm", "qlora"])
 @pytest.mark.parametrize("given", [False, True])
 def test_without_data_the_exit_code_is_2_and_one_line_says_why(
     name: str, given: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
