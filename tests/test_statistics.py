@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from lightning_quant.serialization import build_packed
 from lightning_quant.statistics import SAMPLES, collecting, put_weight_matrix, weight_matrix, why_no_rows
 from lightning_quant.surgery import fake_modules, prepare
 from tests.helpers import assert_same_state
+from tests.launching import launch
 from tests.statistics_worker import RECIPES, run, task
 
 KINDS = ("hessian", "total", "count", "low", "high", "rows")
@@ -141,12 +139,7 @@ def test_a_new_weight_has_storage_of_its_own() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.statistics_worker", str(folder)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return launch("tests.statistics_worker", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.xdist_group("ddp")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from lightning_quant.adapters import BASE_KEY, fingerprint
 from lightning_quant.nn import PackedModule
 from lightning_quant.surgery import is_packed, packed_modules
 from tests.helpers import assert_close
+from tests.launching import launch
 from tests.lora_cases import KINDS, MODES, QUIET, STARTS, Causal, Plain, adapter, run_cell, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -31,18 +29,7 @@ every_start = pytest.mark.parametrize("start", STARTS)
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("lora-ddp")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [*launch, "-m", "tests.lora_cases", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return launch("tests.lora_cases", tmp_path_factory.mktemp("lora-ddp"))
 
 
 def check(found: dict[str, Any], kind: str) -> None:
