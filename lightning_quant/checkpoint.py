@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_quant.adapters import BASE_KEY
 from lightning_quant.fitting import INFO, check_state
 from lightning_quant.nn import FakeModule, find_entry, make_fake
 from lightning_quant.nn.attention import disable_fast_path
@@ -103,6 +104,11 @@ def _read(path: str | os.PathLike[str], map_location: Any) -> dict[str, Any]:
 
 def _fill(module: M, checkpoint: dict[str, Any], source: str) -> M:
     """Give a module the structure and the weights of a checkpoint."""
+    if BASE_KEY in checkpoint["state_dict"]:
+        raise ValueError(
+            f"{source} holds an adapter without its base: give it as ckpt_path to a Trainer with the LoRACallback (and "
+            f"QuantPrecision) that it was saved with"
+        )
     module.on_load_checkpoint(checkpoint)
     state, float_bytes = checkpoint["state_dict"], model_bytes(module)
     if described := described_modules(state, "packed"):

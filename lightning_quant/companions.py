@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -124,6 +124,19 @@ def configure(trainer: L.Trainer, module: L.LightningModule, who: str) -> None:
 
 
 # --- strategies -----------------------------------------------------------------------------------------------------
+
+
+def check_in_place(trainer: L.Trainer, who: str) -> None:
+    """Raises MisconfigurationException for a strategy under which layers that are made or packed in `setup` would be lost."""
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(f"{who}: {name} shards parameters, packed integers among them: use strategy='ddp'")
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            f"{who}: {strategy.launcher._start_method!r} processes give back weights only, and the layers made in them would be "
+            f"lost: use strategy='ddp'"
+        )
 
 
 def check_strategy(trainer: L.Trainer, module: nn.Module) -> None:

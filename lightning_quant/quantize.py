@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_quant.activations import parse_bytes
+from lightning_quant.adapters import has_adapter
 from lightning_quant.calibration import Forward, has_ranks, run_batches, share_buffers
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.loop import calibration_data, combined, find_step, run_lightning
@@ -99,6 +100,8 @@ def quantize(
         raise ValueError(f"calibration_batches={calibration_batches!r}: must be a positive int")
     options = _options(work_dir, memory_budget, progress)
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+    if has_adapter(module):
+        raise ValueError("the model has an adapter: merge it first, lq.merge_adapter(model).model")
     if is_packed(module):
         raise ValueError("the model is packed already: give the float or the QAT model (a Trainer's own is the one that ran last)")
     sharded = is_sharded(module)

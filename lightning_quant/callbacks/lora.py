@@ -22,6 +22,7 @@ from lightning_quant.adapters import (
     start_loftq,
 )
 from lightning_quant.callbacks.packed_base import pack_base
+from lightning_quant.companions import check_in_place
 from lightning_quant.precision import QuantPrecision
 from lightning_quant.recipe import Recipe
 
@@ -108,6 +109,7 @@ class LoRACallback(L.Callback):
         if has_adapter(pl_module):
             self._check_same(pl_module)
             return
+        check_in_place(trainer, type(self).__name__)
         start = {}
         try:
             if self.init == "loftq":

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_quant.companions import check_strategy, configure
+from lightning_quant.companions import check_in_place, configure
 from lightning_quant.precision import QuantPrecision
 
 
@@ -32,10 +32,10 @@ class PackedBaseCallback(L.Callback):
 
 def pack_base(trainer: L.Trainer, module: L.LightningModule, who: str) -> None:
     """Make all of a module's layers, and pack them if the Trainer's precision is `QuantPrecision`."""
+    check_in_place(trainer, who)
     if is_overridden("configure_model", module):
         # its layers must exist before they can be packed; Lightning calls it again, which it has to allow
         configure(trainer, module, who)
     plugin = trainer.precision_plugin
     if isinstance(plugin, QuantPrecision):
         plugin.convert_module(module)
-        check_strategy(trainer, module)

@@ -311,3 +311,18 @@ def test_an_adapter_folder_of_something_else_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with pytest.raises(ValueError, match="has no adapter: train it with LoRACallback"):
         lq.save_adapter(Plain(), tmp_path / "x")
+
+
+def test_what_cannot_be_is_said(tmp_path: Path) -> None:
+    model = Plain()
+    trainer(tmp_path, "nf4", 1).fit(model, Plain.data())
+    with pytest.raises(ValueError, match=r"has an adapter: merge it first, lq.merge_adapter"):
+        lq.quantize(model, "w8a16")
+    with pytest.raises(ValueError, match="holds an adapter without its base"):
+        lq.load_from_checkpoint(Plain, tmp_path / "epoch=0.ckpt")
+    merged = lq.merge_adapter(model).model
+    assert is_packed(lq.quantize(merged, "w8a16"))
+    callback = lq.LoRACallback()
+    fit = L.Trainer(max_epochs=1, strategy="ddp_spawn", devices=2, callbacks=[callback], **QUIET)
+    with pytest.raises(MisconfigurationException, match=r"LoRACallback: 'spawn' processes give back weights only.*strategy='ddp'"):
+        callback.setup(fit, Plain(), "fit")
