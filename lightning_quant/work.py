@@ -60,6 +60,21 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _lock(folder: Path) -> Any:
+    """A lock against other processes that lasts as long as what is returned, or the process; another one's raises."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this one does not keep out its own process
+    except OSError:
+        file.close()
+        raise ValueError(f"work_dir {str(folder)!r}: another run is at work there: wait for it, or give another folder") from None
+    return file
+
+
 class Work:
     """What units of a model came out as, one file each; written under a temporary name, then renamed. Of ranks the first writes.
 
@@ -70,7 +85,7 @@ class Work:
         data: number of calibration batches and their checksum.
 
     Raises:
-        ValueError: the folder is that of another run; the message says what differs.
+        ValueError: the folder is that of another run, and the message says what differs; or another run is at work there.
     """
 
     def __init__(self, folder: Path | None, model: nn.Module, recipe: Recipe, data: tuple[int, int] = (0, 0)) -> None:
@@ -82,6 +97,7 @@ class Work:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"work_dir {str(folder)!r} is a file: give a folder")
         folder.mkdir(parents=True, exist_ok=True)
+        self._held = _lock(folder) if self.writes else None
         head = {
             "recipe": recipe.to_dict(),
             "model": _checksum(_float_tensors(model)),

@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert_same_state(again["state"], plain["state"])
     assert again["summary"] == plain["summary"]
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in finished} == times
-    assert len(list(tmp_path.iterdir())) == BLOCKS + 1  # and run.json: what was half written is gone
+    assert len(list(tmp_path.glob("[!.]*"))) == BLOCKS + 1  # and run.json: what was half written is gone
 
 
 @pytest.mark.slow
@@ -169,6 +169,27 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         quantize("gptq", tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         quantize("gptq", next(tmp_path.glob("*.safetensors")))
+
+
+HOLD = """
+import fcntl, sys
+held = open(sys.argv[1], "w")
+fcntl.lockf(held, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is at work there"):
+            quantize("gptq", tmp_path)
+        other.kill()
+    quantize("gptq", tmp_path)
 
 
 def test_names_of_units_may_be_anything(tmp_path: Path) -> None:
