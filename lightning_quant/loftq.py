@@ -42,9 +42,18 @@ def loftq(weight: Tensor, spec: QuantSpec, rank: int, iterations: int = 1) -> tu
     rest, down, up = weight, weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
     for _ in range(iterations):
         rest = weight - up @ down
-        left, values, right = torch.linalg.svd(weight - round_to_grid(rest, spec), full_matrices=False)
-        root = values[:rank].sqrt()
+        left, values, right = _largest(weight - round_to_grid(rest, spec), rank)
+        root = values.sqrt()
         kept = len(root)  # fewer than `rank` in a small weight
         up, down = torch.zeros_like(up), torch.zeros_like(down)
-        up[:, :kept], down[:kept] = left[:, :kept] * root, root[:, None] * right[:kept]
+        up[:, :kept], down[:kept] = left * root, root[:, None] * right.t()
     return rest, down, up
+
+
+def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values and their vectors, by subspace iteration (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4)."""
+    size = min(rank + 16, *matrix.shape)
+    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(0)  # a run that is resumed starts from the same base
+        left, values, right = torch.svd_lowrank(matrix, size, niter=6)
+    return left[:, :rank], values[:rank], right[:, :rank]

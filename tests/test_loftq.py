@@ -51,7 +51,15 @@ def test_the_low_rank_term_is_the_best_one() -> None:
     assert torch.equal(rest, weight)
     error = weight - round_to_grid(weight, spec)
     values = torch.linalg.svdvals(error)
-    assert (error - up @ down).norm().item() == pytest.approx(values[4:].norm().item(), rel=1e-4)
+    assert (error - up @ down).norm().item() == pytest.approx(values[4:].norm().item(), rel=5e-3)
+
+
+def test_it_is_the_same_every_time_and_leaves_the_random_state_alone() -> None:
+    weight, state = torch.randn(32, 64), torch.get_rng_state()
+    first = loftq(weight, SPECS[0], 4, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert all(map(torch.equal, first, loftq(weight, SPECS[0], 4, 3)))
 
 
 def test_a_rank_above_the_weights_own() -> None:
