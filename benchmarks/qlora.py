@@ -31,7 +31,10 @@ from lightning_quant.report import table
 
 RANK, RATE = 16, 2e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS = ("lightning_quant nf4", "lightning_quant nf4, double", "bitsandbytes + PEFT", "bfloat16 LoRA on the float base")
+ROWS = (
+    *("lightning_quant nf4", "lightning_quant nf4, double", "lightning_quant nf4, loftq"),
+    *("bitsandbytes + PEFT", "bfloat16 LoRA on the float base"),
+)
 
 
 class Module(L.LightningModule):
@@ -120,7 +123,8 @@ def train(args: argparse.Namespace, row: str) -> dict[str, Any]:
     evaluate: Callable[[nn.Module], float] = lambda net: perplexity(net.eval(), ids, args.windows)  # noqa: E731
     if row.startswith("lightning_quant"):
         module = Module(model)
-        callbacks: list[L.Callback] = [lq.LoRACallback(r=RANK, target_modules=TARGETS, save="all")]
+        init = "loftq" if row.endswith("loftq") else "default"
+        callbacks: list[L.Callback] = [lq.LoRACallback(r=RANK, target_modules=TARGETS, save="all", init=init)]
         plugin = lq.QuantPrecision("nf4", double_quant=row.endswith("double"))
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         torch.manual_seed(0)
