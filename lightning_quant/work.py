@@ -92,6 +92,7 @@ class Work:
         self.folder, self.numbers = folder, {}  # type: Path | None, dict[str, int]
         self.writes, self.device = not has_ranks() or dist.get_rank() == 0, next(model.parameters()).device
         self._read: dict[str, tuple[dict[str, str], dict[str, Tensor]] | None] = {}
+        self._held: Any = None
         if folder is None:
             return
         if folder.exists() and not folder.is_dir():
@@ -111,6 +112,10 @@ class Work:
         self._claim(folder / "run.json", json.loads(json.dumps(head)))
         if has_ranks():
             dist.barrier()  # nobody makes files before the first rank has cleaned up
+
+    def __del__(self) -> None:
+        if getattr(self, "_held", None) is not None:
+            self._held.close()
 
     def _claim(self, path: Path, head: dict[str, Any]) -> None:
         """See that the folder is this run's, and clean up what a killed one left half done."""

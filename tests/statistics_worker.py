@@ -100,7 +100,10 @@ def run(rank: int, world: int, folder: Path | None = None) -> dict[str, Any]:
         "rounder",
         ("hessian", "low", "high", "rows"),
     )
-    lq.quantize(model(), lq.Recipe("w4a16", group_size=8, algorithms=["look"]), batches(rank, world))
+    try:
+        lq.quantize(model(), lq.Recipe("w4a16", group_size=8, algorithms=["look"]), batches(rank, world))
+    finally:
+        del ALGORITHMS["look"]
     found: dict[str, Any] = {"hessians": seen}
     for name, recipe in RECIPES.items():
         options = {"memory_budget": 600, "work_dir": folder / name} if folder is not None else {}
