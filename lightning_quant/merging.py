@@ -15,7 +15,7 @@ from lightning_quant.adapters import ADAPTER, RECORD, adapter_root, is_base_hook
 from lightning_quant.fitting import INFO
 from lightning_quant.loftq import round_to_grid
 from lightning_quant.nn import FakeModule, PackedModule, lookup
-from lightning_quant.qlora import base_recipe, pack_in_place
+from lightning_quant.qlora import as_dtype, base_recipe, pack_in_place
 from lightning_quant.recipe import Recipe
 from lightning_quant.report import table
 from lightning_quant.surgery import packed_modules, replace_modules
@@ -76,14 +76,6 @@ def unpack_module(packed: PackedModule, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is no floating dtype; such as 'float32', 'bfloat16', 'float16'")
-    return found
-
-
 @torch.no_grad()
 def merge_adapter(
     model: nn.Module, *, dtype: str | torch.dtype = "float32", recipe: str | Mapping[str, Any] | Recipe | None = None
@@ -108,7 +100,7 @@ def merge_adapter(
 
     Example:
         >>> from lightning_quant.adapters import inject
-        >>> from lightning_quant.qlora import base_recipe, pack_in_place
+        >>> from lightning_quant.qlora import as_dtype, base_recipe, pack_in_place
         >>> net = pack_in_place(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), base_recipe("nf4"))
         >>> _ = inject(net, r=4, alpha=8, dropout=0.0, target_modules="all-linear", init="default", modules_to_save=[], options={})
         >>> merged = merge_adapter(net, dtype="bfloat16")
@@ -119,7 +111,7 @@ def merge_adapter(
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     adapter_root(model)  # or raise
-    kind = _as_dtype(dtype)
+    kind = as_dtype(dtype)
     again = None if recipe is None else base_recipe(recipe)
     merged = _without_hooks(copy.deepcopy(model)).eval()
     rows: list[MergeRow] = []

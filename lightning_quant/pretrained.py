@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -17,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from lightning_quant.fitting import INFO
 from lightning_quant.nn.attention import disable_fast_path
 from lightning_quant.plan import plan_model
-from lightning_quant.qlora import base_recipe, pack_module
+from lightning_quant.qlora import as_dtype, base_recipe, pack_module
 from lightning_quant.recipe import Recipe
 from lightning_quant.surgery import ModelInfo, replace_modules
 
@@ -97,7 +96,7 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: no weights there.
-        ValueError: the file's tensors are not the model's; the message names the first that differ.
+        ValueError: no floating dtype, or the file's tensors are not the model's; the message names the first that differ.
 
     Example:
         >>> import tempfile
@@ -110,6 +109,7 @@ def load_pretrained(
         'PackedLinear'
     """
     known = base_recipe(recipe, (ignore,) if isinstance(ignore, str) else tuple(ignore), double_quant)
+    float_dtype = None if dtype is None else as_dtype(dtype)
     weights = _Weights(path)
     model = _skeleton(Path(path), build)
     real = [name for name, value in model.named_parameters() if not value.is_meta]
@@ -118,10 +118,9 @@ def load_pretrained(
             f"build returned a model with weights ({', '.join(real[:3])}): make it on the meta device, or give a function"
         )
     owners = _owners(model)
-    keys = _match_keys(model, owners, weights)
+    keys = _match_keys(model, weights)
     plan = plan_model(model, known, training=True)
     notes = {match.name: match.note for match in plan.matches if match.note}
-    float_dtype = None if dtype is None else getattr(torch, dtype)
     filled: set[int] = set()
     float_bytes = 0
 
@@ -177,7 +176,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def _match_keys(model: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]], weights: _Weights) -> dict[int, str]:
+def _match_keys(model: nn.Module, weights: _Weights) -> dict[int, str]:
     """Parameter -> the file's name of it. A model and its file may differ by the base model's prefix."""
     names: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):

@@ -66,6 +66,15 @@ def base_recipe(mode: str | Mapping[str, Any] | Recipe, ignore: tuple[str, ...] 
     return recipe
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating dtype by its name, or a short one. Raises ValueError for anything else."""
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating dtype; such as 'float32', 'bfloat16', 'float16'")
+    return found
+
+
 # --- packing in place -----------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from torchmetrics.text import Perplexity
 from lightning_quant.optimizers import make_optimizer
 from lightning_quant.precision import QuantPrecision
 from lightning_quant.pretrained import load_pretrained
+from lightning_quant.qlora import as_dtype
 
 Range = Sequence[int | None]
 
@@ -225,7 +226,7 @@ class CausalLMModule(L.LightningModule):
             return
         from transformers import AutoModelForCausalLM
 
-        dtype = "auto" if self.dtype_name is None else getattr(torch, self.dtype_name)
+        dtype = "auto" if self.dtype_name is None else as_dtype(self.dtype_name)
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).train()
 
     def forward(self, input_ids: Tensor, **options: Any) -> Any:

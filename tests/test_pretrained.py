@@ -101,6 +101,8 @@ def test_refusals(tmp_path: Path) -> None:
         lq.load_pretrained(tmp_path, build=lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
     with pytest.raises(ValueError, match=r"a model with weights \(0.weight"):
         lq.load_pretrained(tmp_path, build=net)
+    with pytest.raises(ValueError, match="dtype='bf17' is no floating dtype"):
+        lq.load_pretrained(tmp_path, dtype="bf17", build=lambda: net)
     with pytest.raises(ValueError, match="needs calibration data"):
         lq.load_pretrained(tmp_path, "w8a8", build=lambda: net)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"0.weight": "gone.safetensors"}}))

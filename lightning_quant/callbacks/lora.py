@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 
@@ -168,4 +168,7 @@ class LoRACallback(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = self.adapter_dir or str(Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
-        rank_zero_info(f"LoRACallback: the adapter is in {save_adapter(pl_module, folder)}")
+        try:
+            rank_zero_info(f"LoRACallback: the adapter is in {save_adapter(pl_module, folder)}")
+        except OSError as error:  # the training is over and must not fail for this
+            rank_zero_warn(f"LoRACallback: the adapter was not written ({error}): write it with lq.save_adapter(module, folder)")

@@ -307,6 +307,10 @@ def test_an_adapter_folder_of_something_else_is_kept(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="holds something else than an adapter"):
         lq.save_adapter(model, tmp_path / "other")
+    callback = lq.LoRACallback(r=4, adapter_dir=str(tmp_path / "other"))
+    fit = L.Trainer(max_epochs=1, plugins=[lq.QuantPrecision()], callbacks=[callback], enable_checkpointing=False, **QUIET)
+    with pytest.warns(UserWarning, match="the adapter was not written.*lq.save_adapter"):  # the fit itself ends well
+        fit.fit(model, Plain.data())
     lq.save_adapter(model, tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with pytest.raises(ValueError, match="has no adapter: train it with LoRACallback"):
