@@ -117,6 +117,19 @@ def unpack(words: Tensor, spec: QuantSpec, columns: int) -> Tensor:
     return (codes + qrange(spec)[0]).to(code_dtype(spec))
 
 
+def stored_values(spec: QuantSpec) -> list[float]:
+    """What a stored code of at most 4 bits stands for, before its zero point and scale.
+
+    Example:
+        >>> stored_values(QuantSpec(2))
+        [-2.0, -1.0, 0.0, 1.0]
+    """
+    if spec.dtype in CODEBOOKS:
+        return [CODEBOOKS[spec.dtype][index] for index in _indices(spec.dtype)]
+    low, high = qrange(spec)
+    return [float(value) for value in range(low, high + 1)]
+
+
 def pack_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """`[channels, groups]` zero points, packed along the channels: int32 `[ceil(channels * bits / 32), groups]`."""
     return pack(zero_point.t().to(code_dtype(spec)), spec).t().contiguous()

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
-from lightning_quant.kernels import KERNELS
+from lightning_quant.kernels import KERNELS, choose
 from lightning_quant.plan import tensor_bytes
 from lightning_quant.qlora import base_recipe, pack_in_place, packing_as_built
 from lightning_quant.recipe import Recipe
@@ -87,8 +87,8 @@ class QuantPrecision(MixedPrecision):
     def _check_bitsandbytes(self, mode: Any) -> None:
         if not _BITSANDBYTES:
             raise MisconfigurationException(f"QuantPrecision backend='bitsandbytes': {_BITSANDBYTES}")
-        scheme, supports = self.recipe.scheme, KERNELS["bitsandbytes"].supports
-        if scheme is None or scheme.weight is None or not supports("linear", torch.empty(1), scheme.weight, scheme.input):
+        scheme, refuses = self.recipe.scheme, KERNELS["bitsandbytes"].refuses
+        if scheme is None or scheme.weight is None or refuses("linear", torch.empty(1), scheme.weight, scheme.input):
             raise MisconfigurationException(
                 f"QuantPrecision backend='bitsandbytes': it has kernels for nf4 and fp4, not for mode={mode!r}: use backend='auto'"
             )
@@ -143,9 +143,8 @@ class QuantPrecision(MixedPrecision):
     @staticmethod
     def _automatic(part: Any) -> str:
         weight = part.weight_packed if "weight_packed" in part._parameters else next(part.parameters())
-        scheme = part.scheme
-        able = (name for name, kernel in KERNELS.items() if kernel.supports("linear", weight, scheme.weight, scheme.input))
-        return next(able)
+        x = torch.empty(0, dtype=part._float_dtype, device=weight.device)
+        return choose("linear", x, part.scheme.weight, part.scheme.input)[0]
 
     # --- mixed precision ---
 

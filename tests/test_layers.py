@@ -21,7 +21,7 @@ ORDER = [
     *("spec", "recipe"),
     *("numerics", "packing", "double_quant", "sharding"),
     *("grids", "observers", "fake_quant"),
-    *("kernels.reference", "kernels.*", "kernels"),
+    *("kernels.cpu.build", "kernels.reference", "kernels.*", "kernels"),
     *("nn.base", "nn.packed", "nn.fake", "nn.folding", "nn.linear"),
     *("nn.conv", "nn.embedding", "nn.rnn", "nn.attention", "nn.transformers_conv1d"),
     *("nn.experts", "nn.lora", "nn"),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from lightning_quant.kernels import bitsandbytes, reference
+from lightning_quant.kernels import bitsandbytes, cpu, reference
 from lightning_quant.spec import QuantSpec
 
 
@@ -24,27 +26,25 @@ class Kernel:
 
     Args:
         ops: its functions by operator name.
-        supports: `(op, x, weight_spec, input_spec) -> bool`.
+        refuses: `(op, x, weight_spec, input_spec) -> why it does not run such a call`, in a few words; empty if it does. Of `x`
+            only the device and the dtype count.
+        bind: `(weight_spec, input_spec) -> linear without its specs`, where that saves work on every call.
     """
 
     ops: dict[str, Callable[..., Tensor]]
-    supports: Callable[[str, Tensor, QuantSpec, QuantSpec | None], bool]
+    refuses: Callable[[str, Tensor, QuantSpec, QuantSpec | None], str]
+    bind: Callable[[QuantSpec, QuantSpec | None], Callable[..., Tensor]] | None = None
+
+
+def _module(module: Any, *names: str) -> dict[str, Callable[..., Tensor]]:
+    found = {name: getattr(module, "dequantize_weight" if name == "dequantize" else name) for name in names}
+    return found
 
 
 KERNELS: dict[str, Kernel] = {
-    "bitsandbytes": Kernel(
-        {"linear": bitsandbytes.linear, "dequantize": bitsandbytes.dequantize_weight},
-        bitsandbytes.supports,
-    ),
-    "reference": Kernel(
-        {
-            "linear": reference.linear,
-            "conv": reference.conv,
-            "embedding": reference.embedding,
-            "dequantize": reference.dequantize_weight,
-        },
-        lambda op, x, weight_spec, input_spec: True,
-    ),
+    "cpu": Kernel(_module(cpu, "linear", "conv", "embedding", "dequantize"), cpu.refuses, cpu.bind),
+    "bitsandbytes": Kernel(_module(bitsandbytes, "linear", "dequantize"), bitsandbytes.refuses),
+    "reference": Kernel(_module(reference, "linear", "conv", "embedding", "dequantize"), lambda *call: ""),
 }
 
 
@@ -61,19 +61,39 @@ def select(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | N
     Raises:
         ValueError: `LQ_BACKEND` names no backend, or one that cannot run this call.
     """
+    return KERNELS[choose(op, x, weight_spec, input_spec, backend)[0]].ops[op]
+
+
+def choose(
+    op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None, backend: str = ""
+) -> tuple[str, dict[str, str]]:
+    """The backend that runs a call, and why those before it do not: its key in `KERNELS`, and theirs with their reasons."""
+
+    def why_not(name: str) -> str:
+        kernel = KERNELS[name]
+        return kernel.refuses(op, x, weight_spec, input_spec) if op in kernel.ops else f"has no {op}"
+
     forced = os.environ.get("LQ_BACKEND")
     if forced:
         if forced not in KERNELS:
             raise ValueError(f"LQ_BACKEND={forced!r}: no such backend; valid: {', '.join(KERNELS)}")
-        kernel = KERNELS[forced]
-        if op not in kernel.ops or not kernel.supports(op, x, weight_spec, input_spec):
+        reason = why_not(forced)
+        if reason:
             specs = f"weight {weight_spec.label}, input {input_spec.label if input_spec else 'float'}"
-            raise ValueError(f"LQ_BACKEND={forced!r} cannot run {op} with {specs} on {x.device}; unset it, or use 'reference'")
-        return kernel.ops[op]
-    able = {name: k.ops[op] for name, k in KERNELS.items() if op in k.ops and k.supports(op, x, weight_spec, input_spec)}
-    if backend in able:
-        return able[backend]
-    return next(function for name, function in able.items() if backend != "native" or name not in FOREIGN)
+            raise ValueError(
+                f"LQ_BACKEND={forced!r} cannot run {op} with {specs} on {x.device} ({reason}); unset it, or use 'reference'"
+            )
+        return forced, {}
+    if backend in KERNELS and not why_not(backend):
+        return backend, {}
+    reasons: dict[str, str] = {}
+    for name in KERNELS:
+        reason = "another package's, and this module asks for native kernels" if backend == "native" and name in FOREIGN else ""
+        reason = reason or why_not(name)
+        if not reason:
+            return name, reasons
+        reasons[name] = reason
+    raise AssertionError("the reference runs every call")
 
 
 def _specs(weight_spec: str, input_spec: str) -> tuple[QuantSpec, QuantSpec | None]:
@@ -259,3 +279,45 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_context)
+
+
+@lru_cache(maxsize=1024)
+def _bound(kind: str, dtype: torch.dtype, weight_spec: str, input_spec: str, backend: str, forced: str) -> Callable[..., Tensor]:
+    """What runs `linear` for inputs of a kind of device, without its specs."""
+    specs = _specs(weight_spec, input_spec)
+    name, _ = choose("linear", torch.empty(0, dtype=dtype, device=kind), *specs, backend)
+    kernel = KERNELS[name]
+    if kernel.bind is not None:
+        return kernel.bind(*specs)
+    function = kernel.ops["linear"]
+    return lambda *args: function(*args, *specs)
+
+
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody traces, differentiates or wraps a call, so that it need not be an operator's."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
+
+
+def run_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    in_features: int,
+    weight_spec: str,
+    input_spec: str,
+    backend: str = "",
+) -> Tensor:
+    """The operator `linear`; called past torch's dispatcher, which takes longer than a small product, where that is the same."""
+    args = (x, weight_packed, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, in_features)
+    if type(weight_packed) in (Tensor, Parameter) and _is_plain(x, bias):
+        forced = os.environ.get("LQ_BACKEND", "")
+        return _bound(x.device.type, x.dtype, weight_spec, input_spec, backend, forced)(*args)
+    return linear(*args, weight_spec, input_spec, backend)

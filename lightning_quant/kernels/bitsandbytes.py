@@ -35,11 +35,15 @@ def _load() -> None:
         logger.disabled = before
 
 
-def supports(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> bool:
-    """Blocks of nf4 or fp4 in a size that bitsandbytes has, on a device that it runs on."""
-    if weight_spec.dtype not in ("nf4", "fp4") or weight_spec.group_size not in BLOCKS or not weight_spec.flat_groups:
-        return False
-    return input_spec is None and x.device.type in ("cpu", "cuda", "xpu") and _installed()
+def refuses(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> str:
+    """Why it does not run a call: it has blocks of nf4 or fp4 in some sizes, on some devices."""
+    if weight_spec.dtype not in ("nf4", "fp4") or not weight_spec.flat_groups or input_spec is not None:
+        return "runs nf4 and fp4 in blocks, with float inputs"
+    if weight_spec.group_size not in BLOCKS:
+        return f"has blocks of {', '.join(map(str, BLOCKS))}, not of {weight_spec.group_size}"
+    if x.device.type not in ("cpu", "cuda", "xpu"):
+        return f"does not run on {x.device.type}"
+    return "" if _installed() else "bitsandbytes is not installed"
 
 
 def dequantize_weight(

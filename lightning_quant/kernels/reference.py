@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +92,13 @@ def conv(
     output_padding: Sequence[int],
     weight_spec: QuantSpec,
     input_spec: QuantSpec | None,
+    dequantize: Callable[..., Tensor] = dequantize_weight,
 ) -> Tensor:
     """A 1-, 2- or 3-D convolution, or transposed convolution, by the rank of `weight_shape`; a token is a sample."""
     dims = len(weight_shape) - 2
     x = quantize_input(x, input_scale, input_zero_point, input_spec, -dims - 1)
     axis = 1 if transposed else 0
-    weight = dequantize_weight(weight_packed, weight_scale, weight_zero_point, weight_shape, axis, weight_spec).to(x.dtype)
+    weight = dequantize(weight_packed, weight_scale, weight_zero_point, weight_shape, axis, weight_spec).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if transposed:
         return _TRANSPOSED[dims](x, weight, bias, stride, padding, output_padding, groups, dilation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.kernels import linear
+from lightning_quant.kernels import run_linear
 from lightning_quant.nn.folding import FoldableModule
 from lightning_quant.nn.packed import PackedModule
 
@@ -23,8 +23,9 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.cast_input(input)
-        args = (*self.packed_weight(), self.bias, *self.input_args(), self.in_features, *self.spec_args)
-        return self.quantize_output(linear(x, *args))
+        bias = self._parameters["bias"]
+        args = (*self.packed_weight(), bias, *self.input_args(), self.in_features, *self.spec_args)
+        return self.quantize_output(run_linear(x, *args))
 
 
 class FakeLinear(FoldableModule, nn.Linear):

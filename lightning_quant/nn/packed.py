@@ -191,17 +191,16 @@ class PackedModule(QuantizedModule):
         getattr(self, f"{name}_zero_point").copy_(zero_point)
 
     def packed_weight(self, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
-        assert self.scheme.weight is not None
-        if self.scheme.weight.double_quant:
-            scale = dequantize_scale(*(getattr(self, f"{name}{part}") for part in _SCALE_PARTS))
-        else:
-            scale = getattr(self, f"{name}_scale")
+        own = self._parameters  # attribute access of modules is slow beside a small product
+        scale = own.get(f"{name}_scale")
+        if scale is None:
+            scale = dequantize_scale(*(own[f"{name}{part}"] for part in _SCALE_PARTS))
         if scale.dtype != torch.float32:  # `_apply` keeps it so
             raise RuntimeError(
                 f"{name}_scale is gathered in {scale.dtype}, which changes the weights: give fully_shard a MixedPrecisionPolicy "
                 f"without param_dtype, or ignored_params={{p for p in module.parameters() if not p.requires_grad}}"
             )
-        return getattr(self, f"{name}_packed"), scale, getattr(self, f"{name}_zero_point", None)
+        return own[f"{name}_packed"], scale, own.get(f"{name}_zero_point")  # type: ignore[return-value]
 
     def dequantized_weight(self, name: str = "weight") -> Tensor:
         """The weight in float32 and its own shape."""
@@ -213,16 +212,18 @@ class PackedModule(QuantizedModule):
         raise NotImplementedError
 
     def input_args(self, name: str = "input") -> tuple[Tensor | None, Tensor | None]:
-        return getattr(self, f"{name}_scale", None), getattr(self, f"{name}_zero_point", None)
+        own = self._parameters
+        return own.get(f"{name}_scale"), own.get(f"{name}_zero_point")
 
     def cast_input(self, x: Tensor) -> Tensor:
         """The input as the operators take it: times `pre_scale`, if there is one, and in autocast's dtype, as torch has it."""
         scale = self._parameters.get("pre_scale")
         if scale is not None:
             x = x * scale.to(x.dtype)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point():
-            return x.to(torch.get_autocast_dtype(kind))
+        if torch._C._is_any_autocast_enabled():
+            kind = x.device.type
+            if torch.is_autocast_enabled(kind) and x.is_floating_point():
+                return x.to(torch.get_autocast_dtype(kind))
         return x
 
     def quantize_output(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_quant.fake_quant import dynamic_fake_quantize
-from lightning_quant.kernels import linear
+from lightning_quant.kernels import run_linear
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
 from lightning_quant.spec import QuantScheme, QuantSpec
@@ -209,7 +209,7 @@ class _PackedRecurrent(_Recurrent, PackedModule):
     def project(self) -> Project:
         def run(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
             features = self.packed_shape(name)[1]
-            return linear(x, *self.packed_weight(name), bias, None, None, features, *self.spec_args)
+            return run_linear(x, *self.packed_weight(name), bias, None, None, features, *self.spec_args)
 
         return run
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_quant.kernels import linear
+from lightning_quant.kernels import run_linear
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
 
@@ -32,7 +32,7 @@ class PackedConv1D(PackedModule, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast_input(x)
-        return self.quantize_output(linear(x, *self.packed_weight(), self.bias, *self.input_args(), self.nx, *self.spec_args))
+        return self.quantize_output(run_linear(x, *self.packed_weight(), self.bias, *self.input_args(), self.nx, *self.spec_args))
 
 
 class FakeConv1D(FakeModule, Conv1D):

@@ -122,7 +122,7 @@ def test_backends_compute_what_the_words_say(backend, scheme, name, dtype, monke
     call = CALLS[name](SCHEMES[scheme], dtype)
     kernel = KERNELS[backend]
     monkeypatch.setenv("LQ_BACKEND", backend)
-    if call.op not in kernel.ops or not kernel.supports(call.op, call.args[0], *call.specs):
+    if call.op not in kernel.ops or kernel.refuses(call.op, call.args[0], *call.specs):
         with pytest.raises(ValueError, match=f"{backend}.*cannot run {call.op}"):
             call.run()
         return
@@ -145,7 +145,7 @@ def test_an_unknown_backend_lists_the_valid_ones(monkeypatch):
 def test_the_first_backend_that_supports_a_call_runs_it(monkeypatch):
     ran = []
     ops = {"linear": lambda *args: ran.append("first") or KERNELS["reference"].ops["linear"](*args)}
-    first = kernels.Kernel(ops, lambda op, x, weight, given: x.dtype == torch.float32)
+    first = kernels.Kernel(ops, lambda op, x, weight, given: "" if x.dtype == torch.float32 else "wants float32")
     monkeypatch.setattr(kernels, "KERNELS", {"first": first, **KERNELS})
     scheme = PRESETS["w8a16"].scheme
     linear_call(scheme, torch.bfloat16).run()
