@@ -266,8 +266,12 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     by_x = by_bias = None
     if ctx.needs_input_grad[0]:
         shape = (packed.shape[0], features)
-        function = select("dequantize", packed, spec, None, backend)
-        by_x = grad @ function(packed, scale, zero_point, shape, 0, spec, grad.dtype)
+        if type(packed) in (Tensor, Parameter) and not torch.compiler.is_compiling():
+            function = select("dequantize", packed, spec, None, backend)
+            weight = function(packed, scale, zero_point, shape, 0, spec, grad.dtype)
+        else:  # while it is traced
+            weight = dequantize(packed, scale, zero_point, shape, 0, weight_spec, backend).to(grad.dtype)
+        by_x = grad @ weight
         if by_input is not None:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
