@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_quant.kernels import bitsandbytes, cpu, reference
+from lightning_quant.kernels import bitsandbytes, cpu, inductor, reference
 from lightning_quant.spec import QuantSpec
 
 
@@ -122,6 +122,7 @@ def linear(
 
 @linear.register_fake
 def _linear_fake(x: Tensor, weight_packed: Tensor, *args: Any) -> Tensor:
+    inductor.register(torch.ops.lightning_quant.linear.default, run_linear)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
 
