@@ -342,10 +342,8 @@ class Linear:
                 args.in_scale, args.in_zero = input_scale.data_ptr(), input_zero_point.data_ptr()
         args.x, args.m, args.x_stride, args.y = x.data_ptr(), rows, in_features, out.data_ptr()
         args.dtype, args.y_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
-        exact = False
-        if rows > 8:
-            exact = self.fine if factors is not None else x.dtype != torch.bfloat16 and not rounds_float32()
-            args.exact = exact
+        exact = self.fine if factors is not None else x.dtype != torch.bfloat16 and not rounds_float32()
+        args.exact = exact
         # where there is AMX, torch's GEMM has it
         by_tiles = rows >= 32 and _level.amx and not (exact or args.input)
         status = _REFUSED if by_tiles else self.run(ctypes.byref(args))

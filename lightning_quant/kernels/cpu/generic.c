@@ -7,6 +7,9 @@
 #ifdef __ARM_FEATURE_DOTPROD
 #include <arm_neon.h>
 #endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #ifndef LQ_TABLE
 #define LQ_TABLE lq_base
@@ -25,12 +28,31 @@ static void unpack(const lq_weight *w, int64_t n, int64_t k0, int64_t count, uin
   if (w->bits == 4) {
     const uint8_t *at = row + k0 / 2;
     int first = w->swapped ? 4 : 0, second = 4 - first;
+#ifdef __AVX2__
+    for (; i + 32 <= count; i += 32) {
+      __m128i v = _mm_loadu_si128((const __m128i *)(at + i / 2)), mask = _mm_set1_epi8(15);
+      __m128i low = _mm_and_si128(v, mask), high = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+      __m128i even = w->swapped ? high : low, odd = w->swapped ? low : high;
+      _mm_storeu_si128((__m128i *)(out + i), _mm_unpacklo_epi8(even, odd));
+      _mm_storeu_si128((__m128i *)(out + i + 16), _mm_unpackhi_epi8(even, odd));
+    }
+#endif
     for (; i + 1 < count; i += 2) {
       out[i] = at[i / 2] >> first & 15;
       out[i + 1] = at[i / 2] >> second & 15;
     }
   } else if (w->bits == 2) {
     const uint8_t *at = row + k0 / 4;
+#ifdef __AVX2__
+    for (; i + 32 <= count; i += 32) {
+      __m128i v = _mm_loadl_epi64((const __m128i *)(at + i / 4)), mask = _mm_set1_epi8(3);
+      __m128i a = _mm_and_si128(v, mask), b = _mm_and_si128(_mm_srli_epi16(v, 2), mask);
+      __m128i c = _mm_and_si128(_mm_srli_epi16(v, 4), mask), d = _mm_and_si128(_mm_srli_epi16(v, 6), mask);
+      __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+      _mm_storeu_si128((__m128i *)(out + i), _mm_unpacklo_epi16(ab, cd));
+      _mm_storeu_si128((__m128i *)(out + i + 16), _mm_unpackhi_epi16(ab, cd));
+    }
+#endif
     for (; i + 3 < count; i += 4) {
       uint8_t four = at[i / 4];
       out[i] = four & 3, out[i + 1] = four >> 2 & 3, out[i + 2] = four >> 4 & 3, out[i + 3] = four >> 6;
@@ -62,9 +84,19 @@ static void decode(const lq_weight *w, int64_t n, int64_t k0, int64_t count, flo
         int32_t zero = lq_zero(w, n, k);
         for (; i < stop; i++) at[i] = (float)((int32_t)codes[i] - zero) * scale;
       } else if (w->kind == LQ_CODEBOOK) {
+#ifdef __AVX2__
+        __m256 low = _mm256_loadu_ps(w->table), high = _mm256_loadu_ps(w->table + 8), factor = _mm256_set1_ps(scale);
+        for (; i + 8 <= stop; i += 8) {
+          __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
+          __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)); /* the sign is the code's bit of 8 */
+          __m256 v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), upper);
+          _mm256_storeu_ps(at + i, _mm256_mul_ps(v, factor));
+        }
+#endif
         for (; i < stop; i++) at[i] = w->table[codes[i]] * scale;
       } else {
-        for (; i < stop; i++) at[i] = lq_fp8(codes[i], w->kind) * scale;
+        const float *values = lq_fp8_values[w->kind == LQ_E5M2];
+        for (; i < stop; i++) at[i] = values[codes[i]] * scale;
       }
     }
   }
@@ -219,7 +251,11 @@ static int linear_codes(const lq_linear_args *a) {
   return failed ? LQ_NO_MEMORY : LQ_OK;
 }
 
-static int linear(const lq_linear_args *a) { return a->input == LQ_INPUT_FLOAT ? linear_float(a) : linear_codes(a); }
+/* more rows are faster by dequantized tiles and torch's GEMM */
+static int linear(const lq_linear_args *a) {
+  if (a->m > 4) return LQ_REFUSED;
+  return a->input == LQ_INPUT_FLOAT ? linear_float(a) : linear_codes(a);
+}
 
 static void dequantize(const lq_weight *w, const int64_t *rows, int64_t count, int32_t dtype, void *out) {
 #pragma omp parallel for num_threads(lq_threads(count *w->k)) schedule(static)

@@ -71,7 +71,9 @@ uint16_t lq_float_to_half(float v) {
   return (uint16_t)(sign | magnitude >> 13);
 }
 
-float lq_fp8(uint32_t code, int32_t kind) {
+float lq_fp8_values[2][256];
+
+static float fp8(uint32_t code, int32_t kind) {
   if (kind == LQ_E5M2) return lq_half_to_float((uint16_t)(code << 8));
   if ((code & 0x7F) == 0x7F) return NAN;
   /* e4m3's exponent has a bias of 7, a half's of 15: the half is 2^-8 of the value, also where it is subnormal */
@@ -105,6 +107,10 @@ int lq_has_bf16(void) {
 /* Take an instruction set: 0 portable, 1 AVX2, 2 AVX512, or the best below it that this machine has. */
 int lq_use(int wanted) {
   int found = best();
+  for (uint32_t code = 0; code < 256; code++) {
+    lq_fp8_values[0][code] = fp8(code, LQ_E4M3);
+    lq_fp8_values[1][code] = fp8(code, LQ_E5M2);
+  }
   level = wanted < found ? wanted : found;
   return level;
 }

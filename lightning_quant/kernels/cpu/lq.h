@@ -131,12 +131,7 @@ static inline int32_t lq_shift(const lq_linear_args *a, int32_t zero) {
   return a->in_low == 0 ? 128 : 0;
 }
 
-float lq_fp8(uint32_t code, int32_t kind);
-
-static inline float lq_value(const lq_weight *w, uint32_t code, int32_t zero) {
-  if (w->kind == LQ_INT) return (float)((int32_t)code - zero);
-  if (w->kind == LQ_CODEBOOK) return w->table[code];
-  return lq_fp8(code, w->kind);
-}
+/* the values of float8 codes: e4m3, e5m2 */
+extern float lq_fp8_values[2][256];
 
 #endif
