@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.kernels import bitsandbytes, reference
+from lightning_quant.kernels import bitsandbytes, onednn, reference
 from lightning_quant.spec import QuantSpec
 
 
@@ -36,6 +36,7 @@ KERNELS: dict[str, Kernel] = {
         {"linear": bitsandbytes.linear, "dequantize": bitsandbytes.dequantize_weight},
         bitsandbytes.supports,
     ),
+    "onednn": Kernel({"linear": onednn.linear, "conv": onednn.conv}, onednn.supports),
     "reference": Kernel(
         {
             "linear": reference.linear,

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from lightning_quant.double_quant import dequantize_scale, quantize_scale, scale_shapes
 from lightning_quant.fake_quant import keep_fp32
 from lightning_quant.kernels import dequantize as dequantize_op
+from lightning_quant.kernels.prepack import forget
 from lightning_quant.kernels.reference import quantize_input
 from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.numerics import calc_qparams, qparams_shape, quantize, to_groups
@@ -233,6 +234,7 @@ class PackedModule(QuantizedModule):
         exact = {id(value) for name, value in self._parameters.items() if value is not None and name.endswith(_EXACT)}
         moved_exactly = keep_fp32(fn)
         self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype)).dtype
+        forget(*self._parameters.values())
         return super()._apply(lambda tensor: moved_exactly(tensor) if id(tensor) in exact else fn(tensor), recurse)
 
     def _describe(self) -> dict[str, Any]:
