@@ -178,8 +178,11 @@ class _Layer:
             if dtype != torch.float32:
                 x = graph.call_method("to", (x, torch.float32))
             codes = call(ops.quantize_per_tensor.default, (x, *grid))
-            if (low, high) != (0, 255):  # on the codes: Inductor's fused quantization knows no narrower range
-                codes = call(torch.clamp, (codes, low, high))
+            if (low, high) != (0, 255):
+                # on the codes: Inductor's fused quantization knows no narrower range, and takes a clamp of codes for one of floats
+                for kind, bound, name in ((torch.maximum, low, "low"), (torch.minimum, high, "high")):
+                    module.register_buffer(f"_{name}_of_{node.name}", torch.tensor(bound, dtype=torch.uint8))
+                    codes = call(kind, (codes, graph.get_attr(f"_{name}_of_{node.name}")))
             x = call(ops.dequantize_per_tensor.default, (codes, *grid))
             weight = call(ops.dequantize_per_channel.default, (*map(graph.get_attr, names), 0, -128, 127, torch.int8))
             if bias is not None:

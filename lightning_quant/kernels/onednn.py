@@ -110,7 +110,7 @@ def _fused() -> bool:
 
 
 def _raw(quantized: Tensor) -> Tensor:
-    """The codes of a `torch.quint8` tensor, not copied."""
+    """The codes of a `torch.quint8` or `torch.qint8` tensor as uint8, not copied."""
     codes = torch.empty(0, dtype=torch.uint8)
     return codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
 
@@ -118,21 +118,26 @@ def _raw(quantized: Tensor) -> Tensor:
 def quantize_codes(x: Tensor, scale: float | Tensor, zero_point: int, limits: tuple[int, int]) -> Tensor:
     """`clamp(round(x * (1 / scale)) + zero_point, *limits)` as uint8, in `x`'s layout.
 
+    One pass where the zero point is 0 (after a ReLU) or 128 (symmetric ranges), else five.
+
     Args:
         x: float, dense; two-dimensional if there are several scales.
-        scale: one, or float32 `[rows]`.
+        scale: one, or float32 `[rows]`, then with a zero point of 128.
         zero_point: 0 to 255.
         limits: the smallest and the largest code, 0 to 255.
     """
     values = x.detach().float()
-    if not _fused():
+    # torch's operators add the zero point before they round, which moves codes near a tie: only 0 is safe
+    if zero_point not in (0, 128) or not _fused():
         inverse = 1.0 / (scale[:, None] if isinstance(scale, Tensor) else torch.tensor(scale))
         return (values * inverse).round_().add_(zero_point).clamp_(*limits).to(torch.uint8)
+    dtype = torch.quint8 if zero_point == 0 else torch.qint8
     if isinstance(scale, Tensor):
-        zero_points = torch.full(scale.shape, zero_point, dtype=torch.int32)
-        codes = _raw(torch.quantize_per_channel(values, scale, zero_points, 0, torch.quint8))
+        zeros = torch.zeros(scale.shape, dtype=torch.int32)
+        codes = _raw(torch.quantize_per_channel(values, scale, zeros, 0, dtype))
     else:
-        codes = _raw(torch.quantize_per_tensor(values, scale, zero_point, torch.quint8))
+        codes = _raw(torch.quantize_per_tensor(values, scale, 0, dtype))
+    codes = codes.add_(zero_point) if zero_point else codes  # bytes wrap around: -128 is 128, and 0 with 128 added
     return codes if limits == (0, 255) else codes.clamp_(*limits)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_quant.fake_quant import dynamic_fake_quantize
-from lightning_quant.kernels import linear
+from lightning_quant.kernels import linear, select
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
 from lightning_quant.spec import QuantScheme, QuantSpec
@@ -207,11 +207,22 @@ class _PackedRecurrent(_Recurrent, PackedModule):
         return {name: self.dequantized_weight(name) for name in self.weight_axes(self)}
 
     def project(self) -> Project:
-        def run(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
-            features = self.packed_shape(name)[1]
-            return linear(x, *self.packed_weight(name), bias, None, None, features, *self.spec_args)
+        run: Callable[..., Tensor] = linear
+        args: tuple[Any, ...] = self.spec_args
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # the kernel itself: an operator's way to it takes longer than a small step's product
+            weight_spec, input_spec = self.scheme.weight, self.scheme.input
+            words = self.packed_weight(next(iter(self.weight_axes(self))))[0]
+            probe = torch.empty(0, dtype=self._float_dtype, device=words.device)
+            assert weight_spec is not None
+            run, args = select("linear", probe, weight_spec, input_spec, args[2]), (weight_spec, input_spec)
+        weights = {name: (*self.packed_weight(name), self.packed_shape(name)[1]) for name in self.weight_axes(self)}
 
-        return run
+        def project(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+            *packed, features = weights[name]
+            return run(x, *packed, bias, None, None, features, *args)
+
+        return project
 
 
 class PackedLSTM(_PackedRecurrent, nn.LSTM):
