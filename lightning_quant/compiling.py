@@ -58,7 +58,8 @@ def compile(module: M, *, dynamic: bool | None = None, fullgraph: bool = False, 
     """
     import torch._inductor.config as inductor
 
-    unknown = [name for name in options if name.split(".")[0] not in dir(inductor)]
+    known = inductor.get_config_copy()
+    unknown = [name for name in options if name not in known]
     if unknown:
         raise ValueError(f"torch._inductor.config has no option {', '.join(map(repr, unknown))}")
     return torch.compile(module, backend=_Backend({**DEFAULTS, **options}), dynamic=dynamic, fullgraph=fullgraph)  # type: ignore[return-value]

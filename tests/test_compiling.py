@@ -81,6 +81,7 @@ def test_a_residual_chain_stays_in_int8():
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_batches_and_the_eager_model_afterwards():
     model = quantized()
@@ -115,7 +116,7 @@ def test_a_residual_that_is_read_again_is_kept():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["w4a4", "w8a8-dynamic", "w4a16"])
+@pytest.mark.parametrize("recipe", ["w4a4", pytest.param("w8a8-dynamic", marks=pytest.mark.slow), "w4a16"])
 def test_what_is_no_8_bit_static_model_computes_the_same(recipe):
     model = quantized(recipe)
     out, code = compiled(model, X)
@@ -123,6 +124,7 @@ def test_what_is_no_8_bit_static_model_computes_the_same(recipe):
     assert ("qconv_pointwise" in call(code)) == (recipe == "w4a4")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bfloat16_and_one_dimension():
     model = quantized(model=nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv1d(6, 5, 3)), x=torch.randn(2, 4, 12))
@@ -135,6 +137,7 @@ def test_bfloat16_and_one_dimension():
     assert_close(out, model(x.bfloat16()), 2e-2)
 
 
+@pytest.mark.slow
 def test_with_gradients_the_layers_run_as_they_are():
     model = quantized()
     leaves = X.clone().requires_grad_(), X.clone().requires_grad_()
@@ -145,6 +148,7 @@ def test_with_gradients_the_layers_run_as_they_are():
     assert_close(leaves[0].grad, leaves[1].grad)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_another_backend_is_left_alone(monkeypatch):
     monkeypatch.setenv("LQ_BACKEND", "reference")
@@ -169,6 +173,7 @@ def test_an_unknown_option_is_named():
         lq.compile(quantized(), max_autotunes=True)
 
 
+@pytest.mark.slow
 def test_the_cache_of_compiled_code_is_not_fooled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with torch.no_grad():
