@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCE = Path("lightning_quant/kernels/cpu")
+SOURCE = Path("lightning_quant/kernels/native")
 
 
 class BuildLibrary(build_ext):
@@ -29,14 +29,8 @@ class BuildLibrary(build_ext):
 
 
 # optional: a missing file does not fail the installation
+SOURCES = [str(path) for path in sorted(SOURCE.glob("*.c"))]
 setup(
-    ext_modules=[
-        Extension(
-            "lightning_quant.kernels.cpu.liblq",
-            [str(path) for path in sorted(SOURCE.glob("*.c"))],
-            optional=True,
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[Extension("lightning_quant.kernels.native.liblq", SOURCES, optional=True, py_limited_api=True)],
     cmdclass={"build_ext": BuildLibrary},
 )

@@ -6,6 +6,7 @@ from lightning_quant.calibration_report import calibration_report
 from lightning_quant.callbacks import LoRACallback, PackedBaseCallback, QATCallback, QuantizationMonitor, RandomStateCallback
 from lightning_quant.checkpoint import load_from_checkpoint
 from lightning_quant.compare import Comparison, compare
+from lightning_quant.compiling import compile
 from lightning_quant.coverage import CalibrationReport
 from lightning_quant.merging import Merged, merge_adapter
 from lightning_quant.mixed import Sensitivity

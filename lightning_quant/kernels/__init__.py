@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_quant.kernels import bitsandbytes, cpu, inductor, reference
+from lightning_quant.kernels import bitsandbytes, cpu, inductor, onednn, reference
 from lightning_quant.spec import QuantSpec
 
 
@@ -44,6 +44,7 @@ def _module(module: Any, *names: str) -> dict[str, Callable[..., Tensor]]:
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(_module(cpu, "linear", "conv", "embedding", "dequantize"), cpu.refuses, cpu.bind),
     "bitsandbytes": Kernel(_module(bitsandbytes, "linear", "dequantize"), bitsandbytes.refuses),
+    "onednn": Kernel(_module(onednn, "linear", "conv"), onednn.refuses),
     "reference": Kernel(_module(reference, "linear", "conv", "embedding", "dequantize"), lambda *call: ""),
 }
 

@@ -1,4 +1,4 @@
-"""How Inductor calls the operator `linear`: as a plain function, since a trip through torch's dispatcher takes longer than a small product."""
+"""How Inductor calls the operator `linear`: as a plain function, as torch's dispatcher takes longer than a small product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _registered = False
 
 
 def register(op: Any, function: Callable[..., torch.Tensor]) -> None:
-    """Lower `op` to a call of `function`, once Inductor is loaded; without it, or where its internals differ, the operator is called."""
+    """Lower `op` to a call of `function`, once Inductor is loaded; where its internals differ, the operator is called."""
     global _registered
     if _registered or "torch._inductor.lowering" not in sys.modules:
         return
@@ -32,20 +32,20 @@ def register(op: Any, function: Callable[..., torch.Tensor]) -> None:
     def lower(x: Any, weight_packed: Any, *rest: Any) -> Any:
         if config.cpp_wrapper:
             return fallback(x, weight_packed, *rest)
-        tensors = [None if value is None else ir.ExternKernel.realize_input(value) for value in (x, weight_packed, *rest[:5])]
-        tensors[0] = ir.ExternKernel.require_contiguous(tensors[0])
-        size = [*tensors[0].get_size()[:-1], weight_packed.get_size()[0]]
-        layout = ir.FixedLayout(tensors[0].get_device(), tensors[0].get_dtype(), size)
-        return ir.TensorBox.create(_Call(layout, tensors, rest[5:]))
+        given: Any = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+        others = [None if value is None else ir.ExternKernel.realize_input(value) for value in (weight_packed, *rest[:5])]
+        layout = ir.FixedLayout(given.get_device(), given.get_dtype(), [*given.get_size()[:-1], weight_packed.get_size()[0]])
+        return ir.TensorBox.create(_Call(layout, [given, *others], rest[5:]))
 
-    class _Call(ir.ExternKernelAlloc):  # type: ignore[misc]
+    class _Call(ir.ExternKernelAlloc):
         """`extern_kernels.<name>(tensors and Nones, constants)`."""
 
         def __init__(self, layout: Any, tensors: list[Any], constants: tuple[Any, ...]) -> None:
             self.places = [value is not None for value in tensors]
-            given = self.unwrap_storage([value for value in tensors if value is not None])
+            given: Any = self.unwrap_storage([value for value in tensors if value is not None])
             super().__init__(layout, given, constants, python_kernel_name=f"extern_kernels.{_NAME}")
 
         def codegen_args(self) -> list[str]:
-            given = iter(value.codegen_reference() for value in self.inputs)
+            inputs: Any = self.inputs
+            given = iter(value.codegen_reference() for value in inputs)
             return [*(next(given) if present else "None" for present in self.places), *map(repr, self.constant_args)]

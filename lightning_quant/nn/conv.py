@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_quant.kernels import conv
+from lightning_quant.kernels.onednn import is_channels_last
 from lightning_quant.nn.folding import FoldableModule
 from lightning_quant.nn.packed import PackedModule
+from lightning_quant.spec import QuantScheme
 
 
 class PackedConv(PackedModule, _ConvNd):
-    """A convolution with packed weights."""
+    """A convolution with packed weights.
+
+    `model.to(memory_format=torch.channels_last)`, before or after packing, means what it means in float: the output is in that
+    format, whichever the input is in. Integer kernels compute in it.
+    """
+
+    _channels_last = False
+
+    @classmethod
+    def empty(cls, module: nn.Module, scheme: QuantScheme, device: torch.device | str | None = None) -> PackedConv:
+        packed = super().empty(module, scheme, device)
+        weight = module._parameters.get("weight")
+        packed._channels_last = weight is not None and weight.dim() > 3 and is_channels_last(weight)
+        return packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        # packed words have two dimensions, which no memory format concerns: a probe tells whether one was asked for
+        if len(self.kernel_size) > 1:
+            last = torch.channels_last if len(self.kernel_size) == 2 else torch.channels_last_3d
+            words: Any = self.weight_packed
+            probe = torch.empty([2] * (len(self.kernel_size) + 2), device=words.device)
+            self._channels_last = is_channels_last(fn(probe.to(memory_format=last) if self._channels_last else probe))
+        return super()._apply(fn, recurse)
 
     @classmethod
     def weight_axes(cls, module: nn.Module) -> dict[str, int]:
@@ -37,6 +62,8 @@ class PackedConv(PackedModule, _ConvNd):
         return self.dequantized_weight().to(self._float_dtype)
 
     def _run(self, x: Tensor, padding: Sequence[int], output_padding: Sequence[int]) -> Tensor:
+        if self._channels_last and x.dim() == len(self.kernel_size) + 2:
+            x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
         geometry = (self.stride, padding, self.dilation, self.groups, self.transposed, output_padding)
         args = (
             *self.packed_weight(),

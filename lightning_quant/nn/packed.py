@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from lightning_quant.double_quant import dequantize_scale, quantize_scale, scale_shapes
 from lightning_quant.fake_quant import keep_fp32
 from lightning_quant.kernels import dequantize as dequantize_op
+from lightning_quant.kernels.prepack import forget
 from lightning_quant.kernels.reference import quantize_input
 from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.numerics import calc_qparams, qparams_shape, quantize, to_groups
@@ -191,7 +192,7 @@ class PackedModule(QuantizedModule):
         getattr(self, f"{name}_zero_point").copy_(zero_point)
 
     def packed_weight(self, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
-        own = self._parameters  # attribute access of modules is slow beside a small product
+        own: dict[str, Any] = self._parameters  # attribute access of modules is slow beside a small product
         scale = own.get(f"{name}_scale")
         if scale is None:
             scale = dequantize_scale(*(own[f"{name}{part}"] for part in _SCALE_PARTS))
@@ -200,7 +201,7 @@ class PackedModule(QuantizedModule):
                 f"{name}_scale is gathered in {scale.dtype}, which changes the weights: give fully_shard a MixedPrecisionPolicy "
                 f"without param_dtype, or ignored_params={{p for p in module.parameters() if not p.requires_grad}}"
             )
-        return own[f"{name}_packed"], scale, own.get(f"{name}_zero_point")  # type: ignore[return-value]
+        return own[f"{name}_packed"], scale, own.get(f"{name}_zero_point")
 
     def dequantized_weight(self, name: str = "weight") -> Tensor:
         """The weight in float32 and its own shape."""
@@ -234,6 +235,7 @@ class PackedModule(QuantizedModule):
         exact = {id(value) for name, value in self._parameters.items() if value is not None and name.endswith(_EXACT)}
         moved_exactly = keep_fp32(fn)
         self._float_dtype = fn(torch.empty(0, dtype=self._float_dtype)).dtype
+        forget(*self._parameters.values())
         return super()._apply(lambda tensor: moved_exactly(tensor) if id(tensor) in exact else fn(tensor), recurse)
 
     def _describe(self) -> dict[str, Any]:

@@ -207,11 +207,13 @@ class _PackedRecurrent(_Recurrent, PackedModule):
         return {name: self.dequantized_weight(name) for name in self.weight_axes(self)}
 
     def project(self) -> Project:
-        def run(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
-            features = self.packed_shape(name)[1]
-            return run_linear(x, *self.packed_weight(name), bias, None, None, features, *self.spec_args)
+        weights = {name: (*self.packed_weight(name), self.packed_shape(name)[1]) for name in self.weight_axes(self)}
 
-        return run
+        def project(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+            packed, scale, zero_point, features = weights[name]
+            return run_linear(x, packed, scale, zero_point, bias, None, None, features, *self.spec_args)
+
+        return project
 
 
 class PackedLSTM(_PackedRecurrent, nn.LSTM):

@@ -56,7 +56,7 @@ typedef struct {
 typedef struct {
   int (*linear)(const lq_linear_args *);
   void (*dequantize)(const lq_weight *, const int64_t *rows, int64_t count, int32_t dtype, void *out);
-  void (*quantize)(const lq_linear_args *, lq_codes *);
+  void (*quantize_tensor)(const void *x, int32_t dtype, int64_t count, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *out);
 } lq_kernels;
 
 extern const lq_kernels lq_base, lq_avx2, lq_avx512;

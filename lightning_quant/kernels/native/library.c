@@ -135,8 +135,9 @@ void lq_dequantize(const lq_weight *weight, const int64_t *rows, int64_t count, 
   kernels()->dequantize(weight, rows, count, dtype, out);
 }
 
-/* The input's codes, for operators outside of this library; `codes` is [m, stride]. */
-void lq_quantize(const lq_linear_args *args, int8_t *codes, int64_t stride, float *scale, int32_t *zero) {
-  lq_codes out = {codes, stride, scale, zero, 0};
-  kernels()->quantize(args, &out);
+/* Codes of a whole tensor with one scale, for operators outside of this library. */
+void lq_quantize_tensor(
+    const void *x, int32_t dtype, int64_t count, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *out
+) {
+  kernels()->quantize_tensor(x, dtype, count, scale, zero, low, high, out);
 }

@@ -949,4 +949,18 @@ static int linear(const lq_linear_args *a) {
   return linear_many(a, !a->exact && lq_has_bf16());
 }
 
-const lq_kernels lq_avx512 = {linear, dequantize, quantize};
+static void quantize_tensor(
+    const void *x, int32_t dtype, int64_t count, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *out
+) {
+  const __m512 inverse = _mm512_set1_ps(1.0f / scale), offset = _mm512_set1_ps((float)zero);
+  const __m512 bottom = _mm512_set1_ps((float)low), top = _mm512_set1_ps((float)high);
+#pragma omp parallel for num_threads(lq_threads(count * 4))
+  for (int64_t i = 0; i < count; i += LANES) {
+    __m512 v = _mm512_mul_ps(load16(x, dtype, i, first(count - i)), inverse);
+    v = _mm512_add_ps(_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), offset);
+    v = _mm512_min_ps(_mm512_max_ps(v, bottom), top); /* max takes its second operand for nan */
+    _mm_mask_storeu_epi8(out + i, first(count - i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+}
+
+const lq_kernels lq_avx512 = {linear, dequantize, quantize_tensor};

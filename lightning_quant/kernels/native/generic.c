@@ -274,4 +274,16 @@ static void dequantize(const lq_weight *w, const int64_t *rows, int64_t count, i
   }
 }
 
-const lq_kernels LQ_TABLE = {linear, dequantize, quantize};
+static void quantize_tensor(
+    const void *x, int32_t dtype, int64_t count, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *out
+) {
+  const float inverse = 1.0f / scale;
+#pragma omp parallel for num_threads(lq_threads(count * 4))
+  for (int64_t i = 0; i < count; i++) {
+    float v = rintf(lq_load(x, dtype, i) * inverse) + zero;
+    v = v >= low ? v : low; /* nan too */
+    out[i] = (uint8_t)(v <= high ? v : high);
+  }
+}
+
+const lq_kernels LQ_TABLE = {linear, dequantize, quantize_tensor};

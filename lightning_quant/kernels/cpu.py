@@ -1,120 +1,34 @@
-"""The package's own CPU kernels: a small C library (`*.c` beside this file), built at installation and called through ctypes.
+"""The package's own CPU kernels, in the C library `kernels/native`.
 
 It reads packed words as they are, so nothing is prepacked and no memory is taken but scratch. Few rows go through kernels that
-unpack codes in registers; many rows through panels that are unpacked into the cache once and multiplied by bfloat16 or int8 dot
-products; where a machine lacks those, tiles of the weight are dequantized and multiplied by torch.
-
-`LQ_ISA` masks instruction sets: `avx512`, `avx2` or `portable`, the highest to use.
+unpack codes in registers; many rows through panels that are unpacked into the cache once and multiplied by int8, bfloat16 or
+float32 dot products. Where a machine lacks AVX512, and for float inputs where it has AMX, tiles of the weight are dequantized
+and multiplied by torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
 import threading
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.kernels import reference
+from lightning_quant.kernels import native, onednn, reference
+from lightning_quant.kernels.native import DTYPES, LinearArgs, WeightArgs
 from lightning_quant.numerics import CODEBOOKS, FLOAT8, dynamic_qparams, max_value, qrange
 from lightning_quant.packing import stored_values
 from lightning_quant.spec import QuantSpec
 
-LIBRARY = Path(__file__).with_name("liblq.so")
-LEVELS = ("portable", "avx2", "avx512")
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_KINDS = {"int": 0, "nf4": 1, "fp4": 1, "float8_e4m3fn": 2, "float8_e5m2": 3}
-_NO_ZERO, _PACKED_ZERO, _ONE_ZERO = 0, 1, 2
-_FLOAT_INPUT, _DYNAMIC_INPUT, _STATIC_INPUT = 0, 1, 2
-_REFUSED = 1
 # a tile of a weight that is dequantized for torch's GEMM, in elements
 _TILE = 1 << 21
 # weights whose description is kept, for each pair of specs
 _PREPARED = 8192
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = [
-        *(("n", ctypes.c_int64), ("k", ctypes.c_int64)),
-        *(("words", ctypes.c_void_p), ("row_words", ctypes.c_int64)),
-        *(("scale", ctypes.c_void_p), ("scale_stride", ctypes.c_int64), ("group", ctypes.c_int64)),
-        *(("zero", ctypes.c_void_p), ("zero_stride", ctypes.c_int64), ("zero_kind", ctypes.c_int32)),
-        *((name, ctypes.c_int32) for name in ("flat", "bits", "kind", "low", "swapped")),
-        ("table", ctypes.c_float * 16),
-    ]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [
-        ("weight", _Weight),
-        *(("x", ctypes.c_void_p), ("m", ctypes.c_int64), ("x_stride", ctypes.c_int64), ("y", ctypes.c_void_p)),
-        *((name, ctypes.c_int32) for name in ("dtype", "y_dtype", "exact")),
-        *(("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int32)),
-        *((name, ctypes.c_int32) for name in ("input", "in_low", "in_high", "in_symmetric")),
-        *((name, ctypes.c_void_p) for name in ("in_scale", "in_zero", "x_scale")),
-    ]
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The C library, or None if it was not built."""
-    if not LIBRARY.exists():
-        return None
-    found = ctypes.CDLL(str(LIBRARY))
-    pointer = ctypes.c_void_p
-    found.lq_linear.argtypes = [pointer]
-    found.lq_dequantize.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer]
-    found.lq_dequantize.restype = None
-    found.lq_quantize.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
-    found.lq_quantize.restype = None
-    use(os.environ.get("LQ_ISA", LEVELS[-1]), found)
-    return found
-
-
-def use(isa: str, found: ctypes.CDLL | None = None) -> str:
-    """Take an instruction set of `LEVELS`, or the best below it that this machine has; returns which.
-
-    Raises:
-        ValueError: no such instruction set.
-    """
-    if isa not in LEVELS:
-        raise ValueError(f"LQ_ISA={isa!r}: no such instruction set; valid: {', '.join(LEVELS)}")
-    found = found or library()
-    level = LEVELS[found.lq_use(LEVELS.index(isa))] if found is not None else LEVELS[0]
-    _level.value = level
-    _level.bf16 = bool(found is not None and found.lq_has_bf16())
-    _level.amx = level == "avx512" and _has_amx()
-    return level
-
-
-class _Level:
-    """What `use` found."""
-
-    value = LEVELS[0]
-    bf16 = False
-    amx = False
-
-
-_level = _Level()
-
-
-def _has_amx() -> bool:
-    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(check is not None and check())
-
-
-def isa() -> str:
-    """The instruction set in use, a word of `LEVELS`; with what matters beside it."""
-    library()
-    return _level.value + (" bf16" if _level.bf16 else "") + (" amx" if _level.amx else "")
 
 
 def rounds_float32() -> bool:
@@ -122,26 +36,26 @@ def rounds_float32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _template(weight_spec: QuantSpec, input_spec: QuantSpec | None) -> _Linear:
+def _template(weight_spec: QuantSpec, input_spec: QuantSpec | None) -> LinearArgs:
     """The fields that only specs decide."""
-    args = _Linear()
+    args = LinearArgs()
     weight = args.weight
-    weight.bits, weight.kind = weight_spec.bits, _KINDS[weight_spec.dtype]
+    weight.bits, weight.kind = weight_spec.bits, native.KINDS[weight_spec.dtype]
     weight.low = qrange(weight_spec)[0] if weight_spec.is_int else 0
     weight.swapped = weight_spec.dtype in CODEBOOKS
     if weight_spec.bits <= 4:
         values = stored_values(weight_spec)
         weight.table[:] = [values[code % len(values)] for code in range(16)]
     if not weight_spec.symmetric:
-        weight.zero_kind = _ONE_ZERO if weight_spec.granularity == "tensor" else _PACKED_ZERO
+        weight.zero_kind = native.ONE_ZERO if weight_spec.granularity == "tensor" else native.PACKED_ZERO
     if input_spec is not None and input_spec.is_int:
-        args.input = _DYNAMIC_INPUT if input_spec.granularity == "token" else _STATIC_INPUT
+        args.input = native.DYNAMIC_INPUT if input_spec.granularity == "token" else native.STATIC_INPUT
         args.in_low, args.in_high = qrange(input_spec)
         args.in_symmetric = input_spec.symmetric
     return args
 
 
-def _fill(weight: _Weight, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, spec: QuantSpec) -> None:
+def _fill(weight: WeightArgs, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, spec: QuantSpec) -> None:
     weight.n, weight.row_words, weight.k = packed.shape[0], packed.shape[1], columns
     weight.words, weight.scale = packed.data_ptr(), scale.data_ptr()
     weight.group = columns
@@ -161,12 +75,14 @@ def _fill(weight: _Weight, packed: Tensor, scale: Tensor, zero_point: Tensor | N
 
 def refuses(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> str:
     """Why this backend does not run a call; empty if it does."""
-    if library() is None:
+    if native.library() is None:
         return "the C library was not built: no C compiler at installation"
     if x.device.type != "cpu":
         return f"for CPU tensors, not {x.device.type}"
-    if op == "linear" and x.dtype not in _DTYPES:
+    if op == "linear" and x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    if op == "conv" and not onednn.refuses(op, x, weight_spec, input_spec):
+        return "oneDNN convolves in integers"
     return ""
 
 
@@ -185,7 +101,7 @@ def dequantize_weight(
 ) -> Tensor:
     """`reference.dequantize_weight`, the same values."""
     moved = [shape[axis], *(size for dim, size in enumerate(shape) if dim != axis)]
-    out = torch.empty(moved, dtype=dtype if dtype in _DTYPES else torch.float32)
+    out = torch.empty(moved, dtype=dtype if dtype in DTYPES else torch.float32)
     _rows(packed, scale, zero_point, math.prod(moved[1:]), spec, None, out)
     return out.movedim(0, axis).to(dtype)
 
@@ -194,15 +110,15 @@ def _rows(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, spec: QuantSpec, rows: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` `[rows, columns]` with dequantized rows: the first ones, or those whose int64 numbers are given."""
-    found = library()
+    found = native.library()
     assert found is not None
     packed, scale, zero_point = _contiguous(packed, scale, zero_point)  # type: ignore[assignment]
-    weight = _Weight.from_buffer_copy(_template(spec, None).weight)
+    weight = WeightArgs.from_buffer_copy(_template(spec, None).weight)
     _fill(weight, packed, scale, zero_point, columns, spec)
     count = len(out) if rows is None else rows.numel()
     index = None if rows is None else rows.data_ptr()
     if count and columns:
-        found.lq_dequantize(ctypes.byref(weight), index, count, _DTYPES[out.dtype], out.data_ptr())
+        found.lq_dequantize(ctypes.byref(weight), index, count, DTYPES[out.dtype], out.data_ptr())
 
 
 def embedding(
@@ -224,9 +140,8 @@ def embedding(
     return out.reshape(*indices.shape, embedding_dim)
 
 
-def conv(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
-    """`reference.conv` with weights that the library dequantizes."""
-    return reference.conv(x, packed, scale, zero_point, bias, *args, dequantize=dequantize_weight)
+# convolutions with weights that the library dequantizes
+conv = partial(reference.conv, dequantize=dequantize_weight)
 
 
 def _as_float8(x: Tensor, scale: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -257,7 +172,7 @@ def _tiles(
     """`out = x @ weight.T + bias`, with one tile of the weight dequantized at a time."""
     packed, scale, zero_point = weight
     channels, columns = packed.shape[0], x.shape[1]
-    dtype = torch.bfloat16 if not exact and (_level.bf16 or _level.amx) else x.dtype
+    dtype = torch.bfloat16 if not exact and (native.LEVEL.bf16 or native.LEVEL.amx) else x.dtype
     if exact:
         dtype = torch.float32
     x = x.to(dtype)
@@ -288,18 +203,18 @@ class Linear:
         # codes of float8 inputs and of weights with one scale a channel are bfloat16 values, others' are not
         self.fine = weight_spec.granularity == "group" or weight_spec.dtype in CODEBOOKS
         # by addresses and shapes, which are all that the structure holds
-        self.prepared: dict[tuple[Any, ...], _Linear] = {}
-        found = library()
+        self.prepared: dict[tuple[Any, ...], LinearArgs] = {}
+        found = native.library()
         assert found is not None
         self.run = found.lq_linear
 
     def _prepare(
         self, key: tuple[Any, ...], packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, columns: int
-    ) -> _Linear:
-        args = _Linear.from_buffer_copy(self.template)
+    ) -> LinearArgs:
+        args = LinearArgs.from_buffer_copy(self.template)
         _fill(args.weight, packed, scale, zero_point, columns, self.weight_spec)
         if bias is not None:
-            args.bias, args.bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
+            args.bias, args.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
         if len(self.prepared) >= _PREPARED:
             self.prepared.clear()
         self.prepared[key] = args
@@ -328,28 +243,33 @@ class Linear:
             None if bias is None else (bias.data_ptr(), bias.dtype),
         )
         args = self.prepared.get(key) or self._prepare(key, packed, scale, zero_point, bias, in_features)
-        args = _Linear.from_buffer_copy(args)  # calls of other threads have their own
+        args = LinearArgs.from_buffer_copy(args)  # calls of other threads have their own
         rows = x.numel() // in_features if in_features else math.prod(x.shape[:-1])
         factors, spec = None, self.input_spec
         if spec is not None:
             if not spec.is_int:
                 x, factors = _as_float8(x.reshape(rows, in_features), input_scale, spec)
                 args.x_scale = factors.data_ptr()
-            elif args.input == _STATIC_INPUT:
+            elif args.input == native.STATIC_INPUT:
                 if spec.dynamic:
                     input_scale, input_zero_point = dynamic_qparams(x, spec)
-                assert input_scale is not None and input_zero_point is not None
+                assert input_scale is not None
+                assert input_zero_point is not None
                 args.in_scale, args.in_zero = input_scale.data_ptr(), input_zero_point.data_ptr()
         args.x, args.m, args.x_stride, args.y = x.data_ptr(), rows, in_features, out.data_ptr()
-        args.dtype, args.y_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
+        args.dtype, args.y_dtype = DTYPES[x.dtype], DTYPES[out.dtype]
         exact = self.fine if factors is not None else x.dtype != torch.bfloat16 and not rounds_float32()
         args.exact = exact
-        # where there is AMX, torch's GEMM has it
-        by_tiles = rows >= 32 and _level.amx and not (exact or args.input)
-        status = _REFUSED if by_tiles else self.run(ctypes.byref(args))
+        by_tiles = False
+        if native.LEVEL.amx and rows >= 16 and not exact:  # torch's GEMMs have it
+            if args.input and not onednn.refuses("linear", x, self.weight_spec, spec, (len(packed), in_features)):
+                weight = (packed, scale, zero_point)
+                return onednn.linear(x, *weight, bias, input_scale, input_zero_point, in_features, self.weight_spec, spec)
+            by_tiles = not args.input
+        status = native.REFUSED if by_tiles else self.run(ctypes.byref(args))
         if status == 0:
             return out
-        if status != _REFUSED:
+        if status != native.REFUSED:
             raise MemoryError(f"linear of {rows} rows and {in_features} features: no memory for scratch")
         flat, weight = x.reshape(rows, in_features), (packed, scale, zero_point)
         if args.input:
