@@ -8,6 +8,7 @@ from lightning_quant.checkpoint import load_from_checkpoint
 from lightning_quant.compare import Comparison, compare
 from lightning_quant.compiling import compile
 from lightning_quant.coverage import CalibrationReport
+from lightning_quant.explain import Choice, Explanation, explain
 from lightning_quant.merging import Merged, merge_adapter
 from lightning_quant.mixed import Sensitivity
 from lightning_quant.optimizers import make_optimizer

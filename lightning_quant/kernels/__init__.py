@@ -28,11 +28,13 @@ class Kernel:
         ops: its functions by operator name.
         refuses: `(op, x, weight_spec, input_spec) -> why it does not run such a call`, in a few words; empty if it does. Of `x`
             only the device and the dtype count.
+        describe: `(op, x, weight_spec, input_spec) -> (how it computes, a warning or "")`, for `explain`.
         bind: `(weight_spec, input_spec) -> linear without its specs`, where that saves work on every call.
     """
 
     ops: dict[str, Callable[..., Tensor]]
     refuses: Callable[[str, Tensor, QuantSpec, QuantSpec | None], str]
+    describe: Callable[[str, Tensor, QuantSpec, QuantSpec | None], tuple[str, str]]
     bind: Callable[[QuantSpec, QuantSpec | None], Callable[..., Tensor]] | None = None
 
 
@@ -42,10 +44,10 @@ def _module(module: Any, *names: str) -> dict[str, Callable[..., Tensor]]:
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel(_module(cpu, "linear", "conv", "embedding", "dequantize"), cpu.refuses, cpu.bind),
-    "bitsandbytes": Kernel(_module(bitsandbytes, "linear", "dequantize"), bitsandbytes.refuses),
-    "onednn": Kernel(_module(onednn, "linear", "conv"), onednn.refuses),
-    "reference": Kernel(_module(reference, "linear", "conv", "embedding", "dequantize"), lambda *call: ""),
+    "cpu": Kernel(_module(cpu, "linear", "conv", "embedding", "dequantize"), cpu.refuses, cpu.describe, cpu.bind),
+    "bitsandbytes": Kernel(_module(bitsandbytes, "linear", "dequantize"), bitsandbytes.refuses, bitsandbytes.describe),
+    "onednn": Kernel(_module(onednn, "linear", "conv"), onednn.refuses, onednn.describe),
+    "reference": Kernel(_module(reference, "linear", "conv", "embedding", "dequantize"), lambda *call: "", reference.describe),
 }
 
 
@@ -287,25 +289,29 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
-@lru_cache(maxsize=1024)
-def _bound(kind: str, dtype: torch.dtype, weight_spec: str, input_spec: str, backend: str, forced: str) -> Callable[..., Tensor]:
-    """What runs `linear` for inputs of a kind of device, without its specs."""
+@lru_cache(maxsize=4096)
+def _bound(
+    op: str, kind: str, dtype: torch.dtype, weight_spec: str, input_spec: str, backend: str, forced: str
+) -> Callable[..., Tensor]:
+    """What runs an operator for inputs of a kind of device, without its specs."""
     specs = _specs(weight_spec, input_spec)
-    name, _ = choose("linear", torch.empty(0, dtype=dtype, device=kind), *specs, backend)
+    name, _ = choose(op, torch.empty(0, dtype=dtype, device=kind), *specs, backend)
     kernel = KERNELS[name]
-    if kernel.bind is not None:
+    if op == "linear" and kernel.bind is not None:
         return kernel.bind(*specs)
-    function = kernel.ops["linear"]
+    function = kernel.ops[op]
     return lambda *args: function(*args, *specs)
 
 
-def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody traces, differentiates or wraps a call, so that it need not be an operator's."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if type(x) is not Tensor or type(weight) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def run_linear(
@@ -323,7 +329,16 @@ def run_linear(
 ) -> Tensor:
     """The operator `linear`; called past torch's dispatcher, which takes longer than a small product, where that is the same."""
     args = (x, weight_packed, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, in_features)
-    if type(weight_packed) in (Tensor, Parameter) and _is_plain(x, bias):
+    if _is_plain(x, weight_packed, bias):
         forced = os.environ.get("LQ_BACKEND", "")
-        return _bound(x.device.type, x.dtype, weight_spec, input_spec, backend, forced)(*args)
+        return _bound("linear", x.device.type, x.dtype, weight_spec, input_spec, backend, forced)(*args)
     return linear(*args, weight_spec, input_spec, backend)
+
+
+def run_conv(x: Tensor, weight_packed: Tensor, *args: Any) -> Tensor:
+    """The operator `conv`, in the same way."""
+    *given, weight_spec, input_spec, backend = args
+    if _is_plain(x, weight_packed, given[2]):
+        forced = os.environ.get("LQ_BACKEND", "")
+        return _bound("conv", x.device.type, x.dtype, weight_spec, input_spec, backend, forced)(x, weight_packed, *given)
+    return conv(x, weight_packed, *args)

@@ -46,6 +46,12 @@ def refuses(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | 
     return "" if _installed() else "bitsandbytes is not installed"
 
 
+def describe(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> tuple[str, str]:
+    """How this backend computes, and where it is slow."""
+    slow = "" if x.device.type == "cuda" else "dequantized at every call: slower than float for few rows"
+    return "bitsandbytes dequantizes, then torch's float operator", slow
+
+
 def dequantize_weight(
     packed: Tensor,
     scale: Tensor,

@@ -90,6 +90,29 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors)
 
 
+def describe(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> tuple[str, str]:
+    """How this backend computes a call, and where it is slow."""
+    isa = native.isa()
+    if op == "embedding":
+        return "only the rows asked for are dequantized", ""
+    if op in ("conv", "dequantize"):
+        return f"dequantized at every call ({isa}), then torch's float operator", "slower than float, but smaller"
+    slow = "" if native.LEVEL.value == "avx512" else f"{isa}: no AVX512 with VNNI, or it is masked: no faster than float"
+    if input_spec is not None and input_spec.is_int:
+        return f"codes multiplied as integers ({isa})", slow
+    rounded = x.dtype == torch.bfloat16 or rounds_float32()
+    if native.LEVEL.value != "avx512" or (native.LEVEL.amx and rounded):
+        many = f"tiles for torch's {'bfloat16' if rounded else str(x.dtype).removeprefix('torch.')} GEMM"
+    else:
+        many = f"panels in {'bfloat16' if rounded and native.LEVEL.bf16 else 'float32'}"
+    if not slow and not rounded and native.LEVEL.bf16 and input_spec is None:
+        slow = (
+            "many rows are multiplied in float32, slower than a bfloat16 model: use model.bfloat16(), "
+            'or torch.set_float32_matmul_precision("medium")'
+        )
+    return f"up to 8 rows: unpacked in registers; more: {many} ({isa})", slow
+
+
 def dequantize_weight(
     packed: Tensor,
     scale: Tensor,
@@ -265,7 +288,7 @@ class Linear:
             if args.input and not onednn.refuses("linear", x, self.weight_spec, spec, (len(packed), in_features)):
                 weight = (packed, scale, zero_point)
                 return onednn.linear(x, *weight, bias, input_scale, input_zero_point, in_features, self.weight_spec, spec)
-            by_tiles = not args.input
+            by_tiles = not args.input and factors is None
         status = native.REFUSED if by_tiles else self.run(ctypes.byref(args))
         if status == 0:
             return out
@@ -277,7 +300,7 @@ class Linear:
         if factors is None:
             _tiles(flat, weight, self.weight_spec, bias, out.view(rows, -1), exact)
             return out
-        _tiles(flat, weight, self.weight_spec, None, out.view(rows, -1), exact)
+        _tiles(flat, weight, self.weight_spec, None, out.view(rows, -1), exact=True)
         out.view(rows, -1).mul_(factors)
         return out if bias is None else out.add_(bias)
 

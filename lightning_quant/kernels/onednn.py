@@ -90,6 +90,15 @@ def refuses(
     return "" if _exact() else "no exact int8 arithmetic on this CPU"
 
 
+def describe(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> tuple[str, str]:
+    """How this backend computes, and where it is slow."""
+    slow = op == "conv" and input_spec is not None and input_spec.dynamic
+    return (
+        "int8 dot products, prepacked by oneDNN",
+        "each sample's range is searched at every call: static inputs are faster" if slow else "",
+    )
+
+
 # --- the input ------------------------------------------------------------------------------------------------------
 
 

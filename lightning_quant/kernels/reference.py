@@ -56,6 +56,11 @@ def quantize_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, s
     return fake_quantize(x, scale, zero_point, spec, axis)
 
 
+def describe(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> tuple[str, str]:
+    """How this backend computes, and that it is slow."""
+    return "dequantized at every call, then torch's float operator", f"no fast kernel for {weight_spec.label}: slower than float"
+
+
 def linear(
     x: Tensor,
     weight_packed: Tensor,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_quant.kernels import conv
+from lightning_quant.kernels import run_conv
 from lightning_quant.kernels.onednn import is_channels_last
 from lightning_quant.nn.folding import FoldableModule
 from lightning_quant.nn.packed import PackedModule
@@ -25,6 +25,8 @@ class PackedConv(PackedModule, _ConvNd):
     """
 
     _channels_last = False
+
+    operator = "conv"
 
     @classmethod
     def empty(cls, module: nn.Module, scheme: QuantScheme, device: torch.device | str | None = None) -> PackedConv:
@@ -73,7 +75,7 @@ class PackedConv(PackedModule, _ConvNd):
             *geometry,
             *self.spec_args,
         )
-        return self.quantize_output(conv(x, *args))
+        return self.quantize_output(run_conv(x, *args))
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.cast_input(input)

@@ -18,6 +18,7 @@ class _Table:
 
     input_names = ()
     optional_float = ()
+    operator = "embedding"
 
     @classmethod
     def adapt(cls, module: nn.Module, scheme: QuantScheme) -> tuple[QuantScheme, str]:

@@ -51,6 +51,7 @@ class PackedModule(QuantizedModule):
     kind = "packed"
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     optional_float: ClassVar[tuple[str, ...]] = ("bias",)
+    operator = "linear"  # of `kernels`, that it calls
     _float_dtype: torch.dtype
     pre_scale: nn.Parameter
     spec_args: tuple[str, str, str]  # the weight's and the input's spec and the backend, as the operators take them

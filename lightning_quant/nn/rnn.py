@@ -203,6 +203,10 @@ class _PackedRecurrent(_Recurrent, PackedModule):
         first = suffix.partition("_")[0] == "0"
         return [gates, self.input_size if first else hidden * (2 if self.bidirectional else 1)]
 
+    @property
+    def operator(self) -> str:  # type: ignore[override]
+        return "dequantize" if self.quantizes_input() is None else "linear"
+
     def float_weights(self) -> dict[str, Tensor]:
         return {name: self.dequantized_weight(name) for name in self.weight_axes(self)}
 

@@ -40,7 +40,10 @@ def compiler() -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error}") from error
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()}")
 
