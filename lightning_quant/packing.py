@@ -73,6 +73,16 @@ def _indices(dtype: str) -> tuple[int, ...]:
     return tuple(codes.index(code) if code in codes else codes.index(0) for code in range(16))
 
 
+def stored_values(dtype: str) -> tuple[float, ...]:
+    """The value of each of the 16 codes of nf4 or fp4 as they are stored.
+
+    Example:
+        >>> stored_values("nf4")[:2], stored_values("fp4")[3] == 1.0
+        ((-1.0, -0.6961928009986877), True)
+    """
+    return tuple(CODEBOOKS[dtype][index] for index in _indices(dtype))
+
+
 def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Pack codes at their real width.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.kernels import bitsandbytes, reference
+from lightning_quant.kernels import bitsandbytes, reference, triton
 from lightning_quant.spec import QuantSpec
 
 
@@ -36,6 +36,7 @@ KERNELS: dict[str, Kernel] = {
         {"linear": bitsandbytes.linear, "dequantize": bitsandbytes.dequantize_weight},
         bitsandbytes.supports,
     ),
+    "triton": Kernel({"linear": triton.linear, "dequantize": triton.dequantize_weight}, triton.supports),
     "reference": Kernel(
         {
             "linear": reference.linear,
@@ -247,7 +248,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         shape = (packed.shape[0], features)
         function = select("dequantize", packed, spec, None, backend)
-        by_x = grad @ function(packed, scale, zero_point, shape, 0, spec, grad.dtype)
+        if function is triton.dequantize_weight:
+            by_x = triton.grad_input(grad, packed, scale, zero_point, features, spec)
+        else:
+            by_x = grad @ function(packed, scale, zero_point, shape, 0, spec, grad.dtype)
         if by_input is not None:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
