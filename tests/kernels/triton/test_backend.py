@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_quant.kernels import KERNELS, triton
+from lightning_quant.spec import QuantSpec
+from tests.helpers import assert_close
+from tests.kernels.test_kernels import SCHEMES, linear_call
+from tests.kernels.triton import only_interpreted
+
+only_interpreted()
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch):
+    monkeypatch.setenv("LQ_BACKEND", "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), ()], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme(scheme, shape, dtype):
+    call = linear_call(SCHEMES[scheme], dtype, shape)
+    out = call.run()
+    assert out.dtype == dtype
+    assert_close(out, call.expected, 2e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_are_those_of_the_reference(scheme):
+    call = linear_call(SCHEMES[scheme], torch.float32)
+    x, bias = (call.args[index].detach().clone().requires_grad_() for index in (0, 4))
+    args = (x, *call.args[1:4], bias, *call.args[5:])
+    out = torch.ops.lightning_quant.linear(*args)
+    direct = triton.linear(*args[:-3], *call.specs)
+    want = KERNELS["reference"].ops["linear"](*args[:-3], *call.specs)
+    direction = torch.randn_like(out)
+    expected = torch.autograd.grad(want, (x, bias), direction)
+    assert_close(torch.autograd.grad(out, (x, bias), direction), expected)
+    assert_close(torch.autograd.grad(direct, (x, bias), direction), expected)
+
+
+def test_the_gradient_decodes_within_the_product(monkeypatch):
+    called = []
+    own = triton.grad_input
+    monkeypatch.setattr(triton, "grad_input", lambda *args: called.append(1) or own(*args))
+    call = linear_call(SCHEMES["w4a16"], torch.float32)
+    x = call.args[0].detach().requires_grad_()
+    torch.ops.lightning_quant.linear(x, *call.args[1:]).sum().backward()
+    assert called == [1]
+
+
+def test_what_it_refuses():
+    x, spec = torch.ones(2, 32), QuantSpec(8)
+    assert triton.refuses("linear", x, spec, None) == ""
+    assert triton.refuses("linear", x.double(), spec, None) == "takes float32, bfloat16 and float16, not float64"
+    assert triton.refuses("conv", x, spec, None) == "has no conv"
+    assert "not meta" in triton.refuses("dequantize", x.to("meta"), spec, None)
+    assert triton.supports("dequantize", x.int(), spec, None)
+    with pytest.raises(ValueError, match="'triton' cannot run linear"):
+        linear_call(SCHEMES["w8a8"], torch.float64).run()
