@@ -22,25 +22,27 @@ from lightning_quant.spec import QuantSpec
 
 
 @triton.jit
-def _place(scales, columns, groups, size, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The groups of a program, which exist, and the places and existence of their elements, `[BLOCK_S, BLOCK_E]`."""
-    index = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+def _place(scales, columns, groups, size, chunks, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The groups of a program, which exist, places and existence of their elements `[BLOCK_S, BLOCK_E]`, places of partial sums."""
+    # one dimension of programs: the others end at 65535
+    chunk = tl.program_id(0) % chunks
+    index = tl.program_id(0) // chunks * BLOCK_S + tl.arange(0, BLOCK_S)
     group = index % groups
-    element = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    element = chunk.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     start = (group * size).to(tl.int64)
     place = ((index // groups).to(tl.int64) * columns + start)[:, None] + element[None, :]
     left = tl.minimum(columns - start, size)
     inside = (index < scales)[:, None] & (element[None, :] < left[:, None])
-    return index, index < scales, place, inside
+    return index, index < scales, place, inside, index * chunks + chunk
 
 
 @triton.jit
 def fake_quantize_forward(
-    x, scale, zero, out, scales, columns, groups, size,
+    x, scale, zero, out, scales, columns, groups, size, chunks,
     LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """`(clamp(round(x / scale) + zero) - zero) * scale`."""
-    index, exists, place, inside = _place(scales, columns, groups, size, BLOCK_S, BLOCK_E)
+    index, exists, place, inside, _ = _place(scales, columns, groups, size, chunks, BLOCK_S, BLOCK_E)
     values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     step = tl.load(scale + index, mask=exists, other=1.0)[:, None]
     offset = tl.load(zero + index, mask=exists, other=0).to(tl.float32)[:, None]
@@ -57,7 +59,7 @@ def fake_quantize_backward(
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The gradient by `x` (1 inside the range), and each chunk's part of those by scale and zero point, `[scales, chunks]`."""
-    index, exists, place, inside = _place(scales, columns, groups, size, BLOCK_S, BLOCK_E)
+    index, exists, place, inside, partial = _place(scales, columns, groups, size, chunks, BLOCK_S, BLOCK_E)
     values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     step = tl.load(scale + index, mask=exists, other=1.0)[:, None]
@@ -68,7 +70,6 @@ def fake_quantize_backward(
     within = (level >= LOW) & (level <= HIGH)
     if BY_X:
         tl.store(by_x + place, narrow(tl.where(within, slope, 0.0), by_x.dtype.element_ty), mask=inside)
-    partial = index * chunks + tl.program_id(1)
     if BY_SCALE:
         code = tl.minimum(tl.maximum(level, float(LOW)), float(HIGH)) - offset
         rise = tl.where(within | (values != values), code - ratio, code)
@@ -99,10 +100,10 @@ class _Layout:
         self.block_e = min(config.block_k, triton.next_power_of_2(max(self.size, 1)))
         self.block_s = max(config.block_k // self.block_e, 1)
         self.chunks = -(-self.size // self.block_e)
-        self.grid = (-(-self.scales // self.block_s), self.chunks)
+        self.grid = (-(-self.scales // self.block_s) * self.chunks,)
 
-    def arguments(self) -> tuple[int, int, int, int]:
-        return self.scales, self.columns, self.groups, self.size
+    def arguments(self) -> tuple[int, int, int, int, int]:
+        return self.scales, self.columns, self.groups, self.size, self.chunks
 
     def rows(self, x: Tensor) -> Tensor:
         """The values in the order of the scales, contiguous."""
@@ -161,7 +162,7 @@ def backward(
     if x.numel():
         with on(x):
             fake_quantize_backward[layout.grid](
-                slope, rows, scale.contiguous(), zero_point.contiguous(), by_x, *parts, *layout.arguments(), layout.chunks, factor,
+                slope, rows, scale.contiguous(), zero_point.contiguous(), by_x, *parts, *layout.arguments(), factor,
                 BY_X=wanted[0], BY_SCALE=wanted[1], BY_ZERO=wanted[2], **_meta(layout, spec),
             )  # fmt: skip
     by_scale, by_zero = (None if part is None else part.sum(1).reshape(scale.shape) for part in parts)

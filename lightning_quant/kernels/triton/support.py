@@ -22,6 +22,11 @@ NO_ZERO, PACKED_ZERO, PLAIN_ZERO = 0, 1, 2
 
 
 @cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
 def _interpreter() -> bool:
     """Whether Triton was imported under `TRITON_INTERPRET=1`: setting the variable later changes only half of it."""
     import triton.language as tl
@@ -32,7 +37,7 @@ def _interpreter() -> bool:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None and _interpreter()
+    return os.environ.get("TRITON_INTERPRET") == "1" and _installed() and _interpreter()
 
 
 @cache
@@ -46,7 +51,7 @@ def refuses_device(x: Tensor) -> str:
         return "" if interpreted() else "needs CUDA tensors, or TRITON_INTERPRET=1 before Triton is imported"
     if x.device.type != "cuda" or torch.version.hip:
         return f"needs CUDA tensors, not {'ROCm' if x.device.type == 'cuda' else x.device.type}"
-    if find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     return "" if _capability(x.device.index or 0) >= (8, 0) else "needs compute capability 8.0"
 

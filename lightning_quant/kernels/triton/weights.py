@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_quant.kernels.triton.configs import Config, pick
+from lightning_quant.kernels.triton.configs import FUSED_ROWS, Config, pick
 from lightning_quant.kernels.triton.device import dot, load_weight, narrow, reduce_splits
 from lightning_quant.kernels.triton.support import group_count, on, tile_group, weight_meta
 from lightning_quant.packing import packed_words
@@ -152,6 +153,9 @@ def linear_forward(
     """
     rows, channels = x.reshape(-1, columns), packed.shape[0]
     count = rows.shape[0]
+    if count > FUSED_ROWS:
+        weight = dequantize_weight(packed, scale, zero_point, (channels, columns), 0, spec, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     out = x.new_empty(count, channels)
     if not out.numel():
         return out.reshape(*x.shape[:-1], channels)
@@ -179,6 +183,8 @@ def grad_input(grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor |
     """`grad @ weight`: `[..., N]` -> `[..., columns]`, the gradient of `linear_forward` by its input."""
     channels = packed.shape[0]
     rows = grad.reshape(-1, channels)
+    if rows.shape[0] > FUSED_ROWS:
+        return grad @ dequantize_weight(packed, scale, zero_point, (channels, columns), 0, spec, grad.dtype)
     out = grad.new_empty(rows.shape[0], columns)
     if out.numel():
         config = _pick("grad", grad.dtype, rows.shape[0], columns, spec)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_quant.kernels.triton.configs import CONFIGS, Config, pick
-from lightning_quant.kernels.triton.support import PACKED_ZERO, tile_group, weight_meta
+from lightning_quant.kernels.triton.support import tile_group, weight_meta
 from lightning_quant.numerics import MIN_SCALE
 from lightning_quant.spec import PRESETS, QuantSpec
 from tests.kernels.triton import only_compiled
@@ -22,7 +22,13 @@ from tests.kernels.triton.aot import SHARED, compile_for  # noqa: E402
 WEIGHTS = {name: PRESETS[name].scheme.weight for name in ("w8a16", "w4a16", "w3a16", "w2a16", "fp8", "nf4")}
 WEIGHTS["w4-asym"] = QuantSpec(4, symmetric=False, granularity="group", group_size=64)
 RAGGED = {"w4-group48": QuantSpec(4, symmetric=False, granularity="group", group_size=48), "nf4-flat": WEIGHTS["nf4"]}
-INTS = {"w8": QuantSpec(8), "w8-asym": QuantSpec(8, symmetric=False), "w4": QuantSpec(4, granularity="group", group_size=128)}
+WEIGHTS["w5-tensor"] = QuantSpec(5, symmetric=False, granularity="tensor")
+INTS = {
+    "w8-tensor": QuantSpec(8, symmetric=False, granularity="tensor"),
+    "w8": QuantSpec(8),
+    "w8-asym": QuantSpec(8, symmetric=False),
+    "w4": QuantSpec(4, granularity="group", group_size=128),
+}
 ROWS = {"small": 16, "medium": 64, "large": 1024, "ragged": 64}
 FLOAT_PRODUCTS, INT_PRODUCTS = {"HMMA", "HGMMA", "UTCHMMA"}, {"IMMA", "IGMMA", "UTCIMMA"}
 
@@ -56,7 +62,6 @@ def blocks(config: Config) -> dict[str, int]:
 
 def meta(spec: QuantSpec, columns: int) -> dict[str, Any]:
     known = weight_meta(spec, torch.ones(1), None if spec.symmetric else torch.zeros(1), columns)
-    assert spec.symmetric or known["ZERO"] == PACKED_ZERO
     return {**known, **({} if known["ZERO"] else {"zero": None})}
 
 
@@ -66,7 +71,8 @@ def products(key: tuple[str, str]) -> Iterator[Case]:
     for label, spec in (RAGGED if size == "ragged" else WEIGHTS).items():
         config = pick(kind, ROWS[size], columns, tile_group(spec, columns))
         kernel = weights.by_input if kind.startswith("grad") else weights.split if config.split_k > 1 else weights.tiled
-        for dtype in ["fp32"] if kind.endswith("fp32") else ["bf16", "fp16"]:
+        few = label in ("w4a16", "nf4", "w3a16", *RAGGED)
+        for dtype in ["fp32"] * few if kind.endswith("fp32") else ["bf16", "fp16"][: 1 + few]:
             for precision in ["ieee", "tf32"] if dtype == "fp32" else ["tf32"]:
                 known = {**meta(spec, columns), "PRECISION": precision, "BIAS": True, **blocks(config)}
                 expected = frozenset() if precision == "ieee" else FLOAT_PRODUCTS
@@ -102,7 +108,7 @@ def others(key: tuple[str, str]) -> Iterator[Case]:
     else:
         for elements in (32, 128, config.block_k):
             known = {"LOW": -8, "HIGH": 7, "BLOCK_S": config.block_k // elements, "BLOCK_E": elements}
-            known |= {"BY_X": True, "BY_SCALE": True, "BY_ZERO": True, "zero": "*fp32"}
+            known |= {"BY_X": True, "BY_SCALE": True, "BY_ZERO": True, "zero": "*i32" if elements == 32 else "*fp32"}
             for kernel in (fake_quant.fake_quantize_forward, fake_quant.fake_quantize_backward):
                 yield Case(key, f"{kernel.fn.__name__}-{elements}", kernel, fill(kernel, known, "fp32"), config)
 
@@ -133,6 +139,16 @@ CASES = [case for key in CONFIGS for case in cases(key)]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{'-'.join(case.key)}-{case.label}")
 def test_every_configuration(case, capability):
     check(case, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in CONFIGS if "fp32" not in key[0]], ids="-".join)
+def test_sizes_of_one(key):
+    """Triton makes a constant of an integer argument that is 1."""
+    for case in {case.kernel: case for case in cases(key)}.values():
+        sizes = [name for name, kind in case.arguments.items() if str(kind).startswith("i32")]
+        assert sizes
+        compile_for(case.kernel, {**case.arguments, **dict.fromkeys(sizes, 1)}, case.config.options(), 80)
 
 
 @pytest.mark.parametrize(

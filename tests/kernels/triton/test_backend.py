@@ -17,8 +17,7 @@ def _forced(monkeypatch):
     monkeypatch.setenv("LQ_BACKEND", "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 5), ()], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 5), torch.bfloat16), ((), torch.float32)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme(scheme, shape, dtype):
     call = linear_call(SCHEMES[scheme], dtype, shape)

@@ -47,13 +47,20 @@ def test_narrow_dtypes(spec, dtype):
 
 @by_few
 def test_many_rows(spec):
-    check(spec, torch.randn(70, 77).half(), 9)
+    check(spec, torch.randn(65, 77).half(), 9)
 
 
-@by_few
+@pytest.mark.parametrize("spec", FEW[1:4], ids=spec_id)
 @pytest.mark.parametrize("rows", [1, 16, 17, 65, 300])
 def test_numbers_of_rows(spec, rows):
     check(spec, torch.randn(rows, 97), 5)
+
+
+@by_few
+def test_a_weight_that_is_decoded_once(spec, monkeypatch):
+    monkeypatch.setattr(weights, "FUSED_ROWS", 4)
+    monkeypatch.setattr(weights, "pick", lambda kernel, *args, **more: {"dequantize": pick}[kernel](kernel, *args, **more))
+    check(spec, torch.randn(2, 3, 97).half(), 5)
 
 
 @by_few
