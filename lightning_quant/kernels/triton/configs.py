@@ -36,8 +36,8 @@ class Config:
 ROWS = {"small": 16, "medium": 64, "large": None}
 SMALLEST = 32
 
-# with more rows than this a weight is decoded once and multiplied by torch: a fused product decodes it anew for each 128 rows, which
-# from here on should take longer than to write and read it (arithmetic, not timed)
+# with more rows than this a weight is decoded once and multiplied by torch: a fused product decodes it anew for each 128 rows,
+# which from here on should take longer than to write and read it (arithmetic, not timed)
 FUSED_ROWS = 1024
 
 CONFIGS: dict[tuple[str, str], Config] = {
