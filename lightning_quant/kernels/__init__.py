@@ -248,7 +248,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         shape = (packed.shape[0], features)
         function = select("dequantize", packed, spec, None, backend)
-        if function is triton.dequantize_weight:
+        if function is triton.dequantize_weight and grad.dtype in triton.DTYPES:
             by_x = triton.grad_input(grad, packed, scale, zero_point, features, spec)
         else:
             by_x = grad @ function(packed, scale, zero_point, shape, 0, spec, grad.dtype)

@@ -51,13 +51,28 @@ def dequantize_weight(
     return weights.dequantize_weight(packed, scale, zero_point, shape, axis, spec, dtype)
 
 
+@torch.library.custom_op("lightning_quant::triton_grad_input", mutates_args=())
+def _grad_input(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, weight_spec: str
+) -> Tensor:
+    from lightning_quant.kernels.triton import weights
+
+    return weights.grad_input(grad, packed, scale, zero_point, in_features, QuantSpec.decode(weight_spec))
+
+
+@_grad_input.register_fake
+def _grad_input_fake(grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, spec: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
 def grad_input(
     grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, weight_spec: QuantSpec
 ) -> Tensor:
-    """`grad @ weight`, the weight decoded within the product: `[..., out_features]` -> `[..., in_features]`."""
-    from lightning_quant.kernels.triton import weights
+    """`grad @ weight`, the weight decoded within the product: `[..., out_features]` -> `[..., in_features]`.
 
-    return weights.grad_input(grad, packed, scale, zero_point, in_features, weight_spec)
+    An operator, as torch.compile traces the backward pass that calls it.
+    """
+    return _grad_input(grad, packed, scale, zero_point, in_features, weight_spec.encode())
 
 
 def linear(

@@ -50,6 +50,36 @@ def test_the_gradient_decodes_within_the_product(monkeypatch):
     assert called == [1]
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8-dynamic", "w8a8"])
+def test_compiled_forward_and_backward(scheme):
+    call = linear_call(SCHEMES[scheme], torch.float32)
+    x, rest = (
+        call.args[0].detach().requires_grad_(),
+        [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in call.args[1:]],
+    )
+    compiled = torch.compile(lambda x: torch.ops.lightning_quant.linear(x, *rest), fullgraph=True, backend="aot_eager")
+    outs = [function(x, *more) for function, more in ((compiled, ()), (torch.ops.lightning_quant.linear, rest))]
+    assert torch.equal(*outs)
+    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in outs))
+
+
+def test_float64_goes_by_the_reference(monkeypatch):
+    monkeypatch.delenv("LQ_BACKEND")
+    call = linear_call(SCHEMES["w4a16"], torch.float64)
+    x = call.args[0].detach().requires_grad_()
+    out = torch.ops.lightning_quant.linear(x, *call.args[1:])
+    direction = torch.randn_like(out)
+    want = KERNELS["reference"].ops["linear"](x, *call.args[1:-3], *call.specs)
+    assert torch.equal(out, want)
+    assert_close(*(torch.autograd.grad(value, x, direction)[0] for value in (out, want)), 1e-12)
+
+
+def test_the_gradients_operator_is_well_formed():
+    call = linear_call(SCHEMES["w4a16"], torch.float32)
+    args = (torch.randn(3, 11), *(value.detach() for value in call.args[1:3]), None, 150, call.specs[0].encode())
+    torch.library.opcheck(torch.ops.lightning_quant.triton_grad_input, args)
+
+
 def test_what_it_refuses():
     x, spec = torch.ones(2, 32), QuantSpec(8)
     assert triton.refuses("linear", x, spec, None) == ""
