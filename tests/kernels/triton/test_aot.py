@@ -71,7 +71,7 @@ def products(key: tuple[str, str]) -> Iterator[Case]:
     for label, spec in (RAGGED if size == "ragged" else WEIGHTS).items():
         config = pick(kind, ROWS[size], columns, tile_group(spec, columns))
         kernel = weights.by_input if kind.startswith("grad") else weights.split if config.split_k > 1 else weights.tiled
-        few = label in ("w4a16", "nf4", "w3a16", *RAGGED)
+        few = label in ("w8a16", "w4a16", "w3a16", "nf4", *RAGGED)
         for dtype in ["fp32"] * few if kind.endswith("fp32") else ["bf16", "fp16"][: 1 + few]:
             for precision in ["ieee", "tf32"] if dtype == "fp32" else ["tf32"]:
                 known = {**meta(spec, columns), "PRECISION": precision, "BIAS": True, **blocks(config)}
@@ -157,7 +157,7 @@ def test_sizes_of_one(key):
         (("weights", "small"), "w4a16-bf16-tf32", 80),
         (("weights", "small"), "w3a16-fp16-tf32", 90),
         (("weights", "large"), "nf4-bf16-tf32", 100),
-        (("weights-fp32", "medium"), "w8a16-fp32-tf32", 90),
+        (("weights-fp32", "medium"), "w4a16-fp32-tf32", 90),
         (("grad", "large"), "w4-asym-bf16-tf32", 90),
         (("int8", "large"), "w8-x_zero", 80),
         (("int8", "small"), "w4", 90),
