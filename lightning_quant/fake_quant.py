@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,15 @@ class _LSQ(torch.autograd.Function):
         return grad_x, grad_scale, grad_zero_point, None, None, None
 
 
+def _fused(*tensors: Tensor) -> bool:
+    """Whether Triton's kernels take a call."""
+    if not (tensors[0].is_cuda or os.environ.get("LQ_BACKEND") == "triton"):
+        return False
+    from lightning_quant.kernels.triton.support import fuses
+
+    return fuses(*tensors)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, axis: int = 0) -> Tensor:
     """Quantize and dequantize, with the straight-through estimator: the gradient is 1 inside the range and 0 outside.
 
@@ -102,6 +112,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec,
         >>> y.tolist(), x.grad.tolist()
         ([0.0, 2.0, 7.0], [1.0, 1.0, 0.0])
     """
+    if spec.is_int and _fused(x, scale, zero_point):
+        from lightning_quant.kernels.triton.fake_quant import FusedFakeQuantize
+
+        return FusedFakeQuantize.apply(x, scale.detach().float(), zero_point.detach(), spec, axis, 1.0)
     values = x.float()
     if not spec.is_int:
         rows = to_groups(values, spec, axis)
@@ -127,6 +141,10 @@ def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, axis: int = -1) -> Tensor:
     """
     if x.numel() == 0:
         return x
+    if spec.is_int and spec.granularity == "token" and _fused(x):
+        from lightning_quant.kernels.triton.quantize import TokenFakeQuantize
+
+        return from_groups(TokenFakeQuantize.apply(to_groups(x, spec, axis), spec), x.shape, spec, axis)
     scale, zero_point = dynamic_qparams(x, spec, axis)
     rows = to_groups(x.float(), spec, axis)
     return from_groups(_RoundTrip.apply(rows, scale, zero_point, spec, None), x.shape, spec, axis).to(x.dtype)
@@ -147,12 +165,16 @@ def lsq_fake_quantize(
     if not spec.is_int:
         raise ValueError(f"LSQ learns the scale of an integer grid, not of {spec.dtype}; use method='ste'")
     qmin, qmax = qrange(spec)
-    values = x.float()
     per_tensor = spec.granularity == "tensor"  # no reshape: the scale broadcasts, and channels_last stays
+    n = elements or (x.numel() if per_tensor else spec.group_size or x.numel() // max(x.shape[axis], 1))
+    factor = 1.0 / math.sqrt(max(n * qmax, 1))
+    if _fused(x, scale, zero_point):
+        from lightning_quant.kernels.triton.fake_quant import FusedFakeQuantize
+
+        return FusedFakeQuantize.apply(x, scale.float(), zero_point.float(), spec, axis, factor)
+    values = x.float()
     rows = values if per_tensor else to_groups(values, spec, axis)
     shape = (1,) if per_tensor else (-1, 1)
-    n = elements or (rows.numel() if per_tensor else rows.shape[1])
-    factor = 1.0 / math.sqrt(max(n * qmax, 1))
     out = _LSQ.apply(rows, scale.reshape(shape), zero_point.float().reshape(shape), qmin, qmax, factor)
     return (out if per_tensor else from_groups(out, x.shape, spec, axis)).to(x.dtype)
 

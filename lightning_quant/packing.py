@@ -73,6 +73,16 @@ def _indices(dtype: str) -> tuple[int, ...]:
     return tuple(codes.index(code) if code in codes else codes.index(0) for code in range(16))
 
 
+def stored_values(dtype: str) -> tuple[float, ...]:
+    """The value of each of the 16 codes of nf4 or fp4 as they are stored.
+
+    Example:
+        >>> stored_values("nf4")[:2], stored_values("fp4")[3] == 1.0
+        ((-1.0, -0.6961928009986877), True)
+    """
+    return tuple(CODEBOOKS[dtype][index] for index in _indices(dtype))
+
+
 def pack(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Pack codes at their real width.
 
@@ -115,19 +125,6 @@ def unpack(words: Tensor, spec: QuantSpec, columns: int) -> Tensor:
     if spec.dtype in FLOAT8:
         return codes.to(torch.uint8).view(FLOAT8[spec.dtype])
     return (codes + qrange(spec)[0]).to(code_dtype(spec))
-
-
-def stored_values(spec: QuantSpec) -> list[float]:
-    """What a stored code of at most 4 bits stands for, before its zero point and scale.
-
-    Example:
-        >>> stored_values(QuantSpec(2))
-        [-2.0, -1.0, 0.0, 1.0]
-    """
-    if spec.dtype in CODEBOOKS:
-        return [CODEBOOKS[spec.dtype][index] for index in _indices(spec.dtype)]
-    low, high = qrange(spec)
-    return [float(value) for value in range(low, high + 1)]
 
 
 def pack_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:

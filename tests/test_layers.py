@@ -20,6 +20,8 @@ ROOT = Path(lightning_quant.__file__).parent
 ORDER = [
     *("spec", "recipe"),
     *("numerics", "packing", "double_quant", "sharding"),
+    *("kernels.triton.configs", "kernels.triton.support", "kernels.triton.device"),
+    *("kernels.triton.quantize", "kernels.triton.fake_quant", "kernels.triton.weights", "kernels.triton.int8"),
     *("grids", "observers", "fake_quant"),
     *("kernels.native.build", "kernels.native", "kernels.reference", "kernels.prepack", "kernels.onednn"),
     *("kernels.*", "kernels"),
@@ -41,7 +43,12 @@ MAY_IMPORT_LIGHTNING = [
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
     *("companions", "callbacks", "callbacks.*", "precision", "text", "trainer", "cli", ""),
 ]
-OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors", "matplotlib"}
+# imported only by who has what they need
+WHEN_USED = [
+    "nn.transformers_conv1d",
+    *(f"kernels.triton.{name}" for name in ("device", "quantize", "fake_quant", "weights", "int8")),
+]
+OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors", "matplotlib", "triton"}
 
 
 def module_name(path: Path) -> str:
@@ -87,10 +94,11 @@ def test_the_package_is_found():
 @pytest.mark.parametrize("name", FILES, ids=lambda name: name or PACKAGE)
 def test_imports_go_down(name):
     mine = level(name)
-    for imported, _ in imports(name):
+    for imported, top in imports(name):
         if imported == PACKAGE or imported.startswith(f"{PACKAGE}."):
             other = imported.removeprefix(PACKAGE).removeprefix(".")
             assert level(other) < mine, f"{name or PACKAGE} imports {imported}, which is not below it"
+            assert not (top and other in WHEN_USED and name not in WHEN_USED), f"{name} imports {imported} at its top level"
 
 
 @pytest.mark.parametrize("name", FILES, ids=lambda name: name or PACKAGE)
@@ -99,7 +107,7 @@ def test_who_imports_what_is_not_ours(name):
     for imported, top in imports(name):
         package = imported.partition(".")[0]
         assert allowed or package not in ("lightning", "pytorch_lightning"), f"{name} imports {imported}"
-        if name != "nn.transformers_conv1d":
+        if name not in WHEN_USED:
             assert not (top and package in OPTIONAL), f"{name} imports the optional {imported} at its top level"
 
 

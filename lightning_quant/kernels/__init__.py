@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_quant.kernels import bitsandbytes, cpu, inductor, onednn, reference
+from lightning_quant.kernels import bitsandbytes, cpu, inductor, onednn, reference, triton
 from lightning_quant.spec import QuantSpec
 
 
@@ -46,6 +46,7 @@ def _module(module: Any, *names: str) -> dict[str, Callable[..., Tensor]]:
 KERNELS: dict[str, Kernel] = {
     "cpu": Kernel(_module(cpu, "linear", "conv", "embedding", "dequantize"), cpu.refuses, cpu.describe, cpu.bind),
     "bitsandbytes": Kernel(_module(bitsandbytes, "linear", "dequantize"), bitsandbytes.refuses, bitsandbytes.describe),
+    "triton": Kernel(_module(triton, "linear", "dequantize"), triton.refuses, triton.describe),
     "onednn": Kernel(_module(onednn, "linear", "conv"), onednn.refuses, onednn.describe),
     "reference": Kernel(_module(reference, "linear", "conv", "embedding", "dequantize"), lambda *call: "", reference.describe),
 }
@@ -270,12 +271,13 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     by_x = by_bias = None
     if ctx.needs_input_grad[0]:
         shape = (packed.shape[0], features)
-        if type(packed) in (Tensor, Parameter) and not torch.compiler.is_compiling():
-            function = select("dequantize", packed, spec, None, backend)
-            weight = function(packed, scale, zero_point, shape, 0, spec, grad.dtype)
+        function = select("dequantize", packed, spec, None, backend)
+        if function is triton.dequantize_weight and grad.dtype in triton.DTYPES:
+            by_x = triton.grad_input(grad, packed, scale, zero_point, features, spec)
+        elif type(packed) in (Tensor, Parameter) and not torch.compiler.is_compiling():
+            by_x = grad @ function(packed, scale, zero_point, shape, 0, spec, grad.dtype)
         else:  # while it is traced
-            weight = dequantize(packed, scale, zero_point, shape, 0, weight_spec, backend).to(grad.dtype)
-        by_x = grad @ weight
+            by_x = grad @ dequantize(packed, scale, zero_point, shape, 0, weight_spec, backend).to(grad.dtype)
         if by_input is not None:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()

@@ -44,7 +44,8 @@ def _template(weight_spec: QuantSpec, input_spec: QuantSpec | None) -> LinearArg
     weight.low = qrange(weight_spec)[0] if weight_spec.is_int else 0
     weight.swapped = weight_spec.dtype in CODEBOOKS
     if weight_spec.bits <= 4:
-        values = stored_values(weight_spec)
+        low, high = qrange(weight_spec)
+        values = range(low, high + 1) if weight_spec.is_int else stored_values(weight_spec.dtype)
         weight.table[:] = [values[code % len(values)] for code in range(16)]
     if not weight_spec.symmetric:
         weight.zero_kind = native.ONE_ZERO if weight_spec.granularity == "tensor" else native.PACKED_ZERO

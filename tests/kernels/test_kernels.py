@@ -145,7 +145,8 @@ def test_an_unknown_backend_lists_the_valid_ones(monkeypatch):
 def test_the_first_backend_that_supports_a_call_runs_it(monkeypatch):
     ran = []
     ops = {"linear": lambda *args: ran.append("first") or KERNELS["reference"].ops["linear"](*args)}
-    first = kernels.Kernel(ops, lambda op, x, weight, given: "" if x.dtype == torch.float32 else "wants float32")
+    describe = KERNELS["reference"].describe
+    first = kernels.Kernel(ops, lambda op, x, weight, given: "" if x.dtype == torch.float32 else "wants float32", describe)
     monkeypatch.setattr(kernels, "KERNELS", {"first": first, **KERNELS})
     scheme = PRESETS["w8a16"].scheme
     linear_call(scheme, torch.bfloat16).run()
