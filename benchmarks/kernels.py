@@ -52,7 +52,7 @@ FLOAT8 = lq.QuantScheme(lq.QuantSpec(8, "float8_e4m3fn"))
 
 @dataclass(frozen=True)
 class Ours:
-    """A row of ours: its recipe, the input's dtype, what rounding its input may take, and what the whole may differ from float32."""
+    """A row of ours: its recipe, the input's dtype, and the errors that rounding the input and the whole may have."""
 
     recipe: str | lq.QuantScheme
     dtype: torch.dtype
@@ -221,7 +221,10 @@ def build(weight: Tensor, x: Tensor, room: int, only: str) -> timing.Built:
 
 @torch.inference_mode()
 def check(methods: timing.Built, weight: Tensor, x: Tensor, rows: Sequence[int]) -> dict[str, float]:
-    """Compare every method at all numbers of rows, and call every copy once; returns relative errors to float32 by method, and drops what cannot run.
+    """Compare every method at all numbers of rows, and call every copy once; drops what cannot run.
+
+    Returns:
+        relative errors to float32 by method.
 
     Raises:
         SystemExit: a method computes something else.
@@ -244,7 +247,7 @@ def check(methods: timing.Built, weight: Tensor, x: Tensor, rows: Sequence[int])
             rounding, total = timing.error(out, own[:count]), timing.error(out, exact[:count])
             if not (rounding <= method.rounding and total <= method.bound):
                 raise SystemExit(
-                    f"{name} at {count} rows is wrong: {rounding:.4f} from the product with its weights (at most {method.rounding}), "
+                    f"{name} at {count} rows is wrong: {rounding:.4f} from its own weights' product (at most {method.rounding}), "
                     f"{total:.4f} from float32 (at most {method.bound})"
                 )
             worst = max(worst, total)
@@ -317,7 +320,7 @@ def draw(shown: Any, results: Sequence[dict[str, Any]]) -> None:
         ticks = [value for value in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if axes.get_ylim()[0] <= value <= axes.get_ylim()[1]]
         axes.set_yticks(ticks, [f"{value:g}" for value in ticks])
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    shown.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -345,7 +348,7 @@ def main(given: Sequence[str] | None = None) -> None:
     results = [run_shape(shape, args, settings, bandwidth) for shape in args.shape]
     content = {"machine": about, "settings": vars(settings), "bandwidth": bandwidth, "read_by": how, "results": results}
     timing.write_json(args.json, content)
-    timing.figure(args.plot, lambda shown: draw(shown, results), (8.0 * len(results), 6.0))
+    timing.figure(args.plot, lambda shown: draw(shown, results), (7.0 * len(results) + 2.5, 6.0))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ class Settings:
 
     Args:
         rounds: blocks of each method.
-        block: seconds of calls that are timed in a block, at least two calls.
-        settle: seconds of calls before them.
+        block: seconds of calls that are timed in a block, at least one call.
+        settle: seconds of calls before them, at least one call; 0: none.
         pause: seconds of sleep before a block, in which the threads of the last method's runtime stop spinning.
     """
 
@@ -48,10 +48,10 @@ class Settings:
     pause: float = 0.0
 
 
-def _calls(call: Call, seconds: float, least: int) -> float:
-    """Mean seconds of a call, over so many seconds and calls."""
+def _calls(call: Call, seconds: float) -> float:
+    """Mean seconds of a call, over so many seconds and at least one call."""
     total, count, begin = 0.0, 0, time.perf_counter()
-    while count < least or time.perf_counter() - begin < seconds:
+    while not count or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         own = call()
         total += own if isinstance(own, float) else time.perf_counter() - start
@@ -66,8 +66,9 @@ def measure(calls: Mapping[str, Call], settings: Settings) -> Times:
     for turn in range(settings.rounds):
         for name in list(calls)[:: 1 - 2 * (turn % 2)]:
             time.sleep(settings.pause)
-            _calls(calls[name], settings.settle, 1)
-            times[name].append(_calls(calls[name], settings.block, 2))
+            if settings.settle:
+                _calls(calls[name], settings.settle)
+            times[name].append(_calls(calls[name], settings.block))
     return times
 
 
@@ -101,16 +102,16 @@ def cosine(out: Tensor, exact: Tensor) -> float:
 
 
 def read_bandwidth(threads: int, size: int = 1 << 28, repeats: int = 5) -> tuple[float, str]:
-    """Bytes a second that the threads read from memory, and how: the fastest of torch's reductions over a buffer of `size` bytes."""
+    """Bytes a second that the threads read from memory, and how: the fastest of torch's reductions over `size` bytes."""
     torch.set_num_threads(threads)
-    buffer = torch.zeros(size // 4)
+    buffer, row = torch.zeros(size // 4), torch.zeros(1 << 14)
     whole = buffer.view(torch.int64)
     ways: dict[str, Call] = {
         "torch.sum of int64": whole.sum,
         "torch.sum of float32": buffer.sum,
         "torch.amax of float32": buffer.amax,
         "torch.dot of the two halves": lambda: torch.dot(*buffer.chunk(2)),
-        "torch.mv of float32": lambda row=torch.zeros(1 << 14): torch.mv(buffer.view(-1, 1 << 14), row),
+        "torch.mv of float32": lambda: torch.mv(buffer.view(-1, 1 << 14), row),
     }
     times = measure(ways, Settings(repeats, 0.05, 0.05))
     name = min(times, key=lambda way: min(times[way]))
