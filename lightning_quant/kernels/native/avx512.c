@@ -236,6 +236,15 @@ static void quantize(const lq_linear_args *a, lq_codes *out) {
       scale = a->in_scale[0], zero = a->in_zero[0];
     } else {
       __m512 low = _mm512_setzero_ps(), high = low, wrong = low;
+      if (a->in_symmetric && a->in_low < 0) { /* the largest magnitude, as bits: what is not finite is above all */
+        __m512i most = _mm512_setzero_si512();
+        for (int64_t i = 0; i < k; i += LANES) {
+          __m512i v = _mm512_castps_si512(load16(a->x, a->dtype, start + i, first(k - i)));
+          most = _mm512_max_epi32(most, _mm512_and_si512(v, _mm512_set1_epi32(0x7FFFFFFF)));
+        }
+        high = _mm512_castsi512_ps(most);
+        if (_mm512_reduce_max_epi32(most) >= 0x7F800000) wrong = _mm512_set1_ps(NAN);
+      } else
       for (int64_t i = 0; i < k; i += LANES) {
         __m512 v = load16(a->x, a->dtype, start + i, first(k - i));
         low = _mm512_min_ps(low, v);
@@ -772,13 +781,14 @@ static void panel_int8(
 }
 
 /* sums of row m and 16 channels, times the row's scale, plus the bias */
-INLINE void finish(const lq_linear_args *a, int64_t m, int64_t n0, int j, __m512 v, float scale) {
+INLINE void finish(const lq_linear_args *a, int64_t m, int64_t n0, int j, __m512 v, float scale, int bf16) {
   const int64_t n = n0 + j * LANES;
   const __mmask16 some = first(a->weight.n - n);
   if (!some) return;
   v = _mm512_mul_ps(v, _mm512_set1_ps(scale));
   if (a->bias) v = _mm512_add_ps(v, load16(a->bias, a->bias_dtype, n, some));
-  store16(a->y, a->y_dtype, m * a->weight.n + n, v, some);
+  if (bf16) _mm256_mask_storeu_epi16((uint16_t *)a->y + m * a->weight.n + n, some, (__m256i)_mm512_cvtneps_pbh(v));
+  else store16(a->y, a->y_dtype, m * a->weight.n + n, v, some);
 }
 
 /* how far on, in bytes, what a panel reads next lies: its channels' next `depth` inputs, or the next channels' first ones */
@@ -802,7 +812,7 @@ static int linear_many(const lq_linear_args *a, const int pairs) {
   const int64_t stride = padded * width % 1024 ? padded : padded + WIDE / width; /* a tile's rows in different sets of the cache */
   const int threads = lq_threads(w->n * w->k * a->m);
   const int64_t block = block_of_rows(a, threads), blocks = (a->m + block - 1) / block, panels = (w->n + WIDE - 1) / WIDE;
-  const int unscaled = !w->flat && w->group >= w->k;
+  const int unscaled = !w->flat && w->group >= w->k, bf16 = a->y_dtype == LQ_BF16 && lq_has_bf16();
   char *x = lq_scratch(0, (size_t)(a->m * stride * width));
   if (!x) return LQ_NO_MEMORY;
   int failed = 0;
@@ -842,7 +852,7 @@ static int linear_many(const lq_linear_args *a, const int pairs) {
         for (int j = 0; j < 4; j++) {
           __m512 v = _mm512_loadu_ps(sums + (m - m0) * WIDE + j * LANES);
           if (unscaled) v = _mm512_mul_ps(v, scales[j]);
-          finish(a, m, n0, j, v, a->x_scale ? a->x_scale[m] : 1.0f);
+          finish(a, m, n0, j, v, a->x_scale ? a->x_scale[m] : 1.0f, bf16);
         }
     }
   }
@@ -858,12 +868,18 @@ INLINE void panel_params(const lq_weight *w, int64_t n0, int64_t s, float scales
   }
 }
 
+/* 16 of a row's integer sums, less what zero points add to them, times their scales */
+INLINE __m512 scaled(const int32_t *sums, int32_t codes, const float *scales, const int32_t *zeros, int j) {
+  __m512i offset = _mm512_mullo_epi32(_mm512_loadu_si512(zeros + j * LANES), _mm512_set1_epi32(codes));
+  __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(sums + j * LANES), offset);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_loadu_ps(scales + j * LANES));
+}
+
 /* a segment's integer sums, times their scales, to the floats in `totals` */
 INLINE void fold(const int32_t *sums, float *totals, int32_t codes, const float *scales, const int32_t *zeros, int add) {
-  for (int j = 0; j < WIDE; j += LANES) {
-    __m512i offset = _mm512_mullo_epi32(_mm512_loadu_si512(zeros + j), _mm512_set1_epi32(codes));
-    __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums + j), offset)), scale = _mm512_loadu_ps(scales + j);
-    _mm512_storeu_ps(totals + j, add ? _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(totals + j)) : _mm512_mul_ps(v, scale));
+  for (int j = 0; j < 4; j++) {
+    __m512 v = scaled(sums, codes, scales, zeros, j);
+    _mm512_storeu_ps(totals + j * LANES, add ? _mm512_add_ps(v, _mm512_loadu_ps(totals + j * LANES)) : v);
   }
 }
 
@@ -872,6 +888,7 @@ static int codes_many(const lq_linear_args *a, const coded *c) {
   const int64_t stride = c->input.stride;
   const int threads = lq_threads(w->n * w->k * a->m);
   const int64_t block = block_of_rows(a, threads), blocks = (a->m + block - 1) / block, panels = (w->n + WIDE - 1) / WIDE;
+  const int bf16 = a->y_dtype == LQ_BF16 && lq_has_bf16();
   /* one segment is summed as integers to its end, panel by panel; shorter ones are held several at once */
   const int64_t depth = c->segments == 1 ? 2 * DEPTH : (2 * DEPTH / c->segment ? 2 * DEPTH / c->segment : 1) * c->segment;
   int failed = 0;
@@ -905,7 +922,7 @@ static int codes_many(const lq_linear_args *a, const coded *c) {
                 rows, (width + 3) / 4, (const uint32_t *)(c->input.codes + m * stride + k + part), stride / 4,
                 panel + part * WIDE, sums + slot * WIDE, c->segments == 1 && k > 0
             );
-            for (int64_t i = 0; last && i < rows; i++)
+            for (int64_t i = 0; last && (c->segments > 1 || m == a->m) && i < rows; i++)
               fold(sums + (slot + i) * WIDE, totals + (slot + i) * WIDE, c->sums[(m + i) * c->segments + s], scales, zeros, s > 0);
           }
           if (c->segments == 1) break;
@@ -913,12 +930,13 @@ static int codes_many(const lq_linear_args *a, const coded *c) {
       }
       for (int64_t m = m0; m < m1; m++)
         for (int j = 0; j < 4; j++) {
-          __m512 v = _mm512_loadu_ps(totals + (m - m0) * WIDE + j * LANES);
+          __m512 v = c->segments == 1 ? scaled(sums + (m - m0) * WIDE, c->sums[m], scales, zeros, j)
+                                      : _mm512_loadu_ps(totals + (m - m0) * WIDE + j * LANES);
           if (c->input.any_zero) {
             __m512 whole = _mm512_loadu_ps(totals + block * WIDE + j * LANES);
             v = _mm512_fnmadd_ps(_mm512_set1_ps((float)c->input.zero[m]), whole, v);
           }
-          finish(a, m, n0, j, v, c->input.scale[m]);
+          finish(a, m, n0, j, v, c->input.scale[m], bf16);
         }
     }
   }
