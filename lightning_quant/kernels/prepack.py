@@ -43,7 +43,8 @@ def _digest(tensors: tuple[Tensor, ...], key: Hashable) -> Hashable:
     found = hashlib.blake2b(digest_size=20)
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # a copy: a storage that numpy has seen cannot be resized any more, which FSDP does
+        found.update(tensor.detach().cpu().reshape(-1).clone().view(torch.uint8).numpy().data)
     return found.digest(), tensors[0].device, key
 
 

@@ -163,3 +163,11 @@ def test_loading_and_moving_a_module():
     model.to("meta")
     gc.collect()
     assert count() == before
+
+
+def test_storages_stay_resizable():
+    """FSDP frees and refills the storages of parameters."""
+    words = torch.ones(8, dtype=torch.int32)
+    prepacked(lambda: Doubled(words, words), "resizable", words)
+    words.untyped_storage().resize_(0)
+    assert words.untyped_storage().size() == 0
