@@ -168,7 +168,8 @@ def _codes(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, spec: Qua
 def unpacked(packed: Tensor, scale: Tensor, shape: Sequence[int], spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     """A weight's codes, int8 in its own shape, scales, float32 `[channels]`, and zero points (0)."""
     codes = unpack(packed.detach(), spec, math.prod(shape[1:])).reshape(tuple(shape))
-    return codes, scale.detach().flatten().float().expand(shape[0]).contiguous(), torch.zeros(shape[0], dtype=torch.int64)
+    # a copy: what is kept must not be a view of a parameter that FSDP frees
+    return codes, scale.detach().flatten().float().expand(shape[0]).clone(), torch.zeros(shape[0], dtype=torch.int64)
 
 
 def _qlinear(x: Tensor, scale: float, zero_point: int, weight: _Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
