@@ -99,7 +99,10 @@ def test_qat(make: Any, recipe: str, method: str) -> None:
     with torch.no_grad():
         want = model.eval().net(tokens()).logits
         got = qmodel.net(tokens()).logits
-    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    # a sum of integers differs from one of floats in the last bit, which moves a value next to a tie to the next code
+    difference = (got - want).abs() / want.abs().max()
+    assert difference.median() <= 1e-6
+    assert difference.max() <= 2e-3
     assert len(fake_modules(model)) == len(packed_modules(qmodel)) > 7
 
 
