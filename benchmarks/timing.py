@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.kernels import cpu
+from lightning_quant.kernels import native
 
 # a call; if it returns a float, it has timed itself: that many seconds
 Call = Callable[[], Any]
@@ -142,7 +142,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cpu": name,
         "cores": os.cpu_count(),
         "threads": threads,
-        "kernels": cpu.isa() if cpu.library() is not None else "not built: the reference runs instead",
+        "kernels": native.isa() if native.library() is not None else "not built: the reference runs instead",
         "torch": torch.backends.cpu.get_cpu_capability(),
         "cache": cache_bytes(),
         "versions": versions,
