@@ -934,6 +934,7 @@ static int linear_many(const lq_linear_args *a, const int pairs) {
   const int64_t stride = padded * width % 1024 ? padded : padded + WIDE / width; /* a tile's rows in different sets of the cache */
   const int threads = lq_threads(w->n * w->k * a->m);
   const int64_t block = block_of_rows(a, threads), blocks = (a->m + block - 1) / block, panels = (w->n + WIDE - 1) / WIDE;
+  const int64_t run = panels * blocks / (threads * 4) > 1 ? panels * blocks / (threads * 4) : 1;
   const int unscaled = !w->flat && w->group >= w->k, bf16 = a->y_dtype == LQ_BF16 && lq_has_bf16();
   char *x = lq_scratch(0, (size_t)(a->m * stride * width));
   if (!x) return LQ_NO_MEMORY;
@@ -952,7 +953,7 @@ static int linear_many(const lq_linear_args *a, const int pairs) {
         if (pairs) _mm256_storeu_si256((__m256i *)(x + (m * stride + k) * 2), to_bf16(v));
         else _mm512_storeu_ps(x + (m * stride + k) * 4, v);
       }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run) /* a thread's next panel is the one that was fetched ahead */
     for (int64_t task = 0; task < panels * blocks; task++) {
       if (!panel || !sums) continue;
       const int64_t n0 = task % panels * WIDE, m0 = task / panels * block, m1 = m0 + block < a->m ? m0 + block : a->m;
@@ -1010,6 +1011,7 @@ static int codes_many(const lq_linear_args *a, const coded *c) {
   const int64_t stride = c->input.stride;
   const int threads = lq_threads(w->n * w->k * a->m);
   const int64_t block = block_of_rows(a, threads), blocks = (a->m + block - 1) / block, panels = (w->n + WIDE - 1) / WIDE;
+  const int64_t run = panels * blocks / (threads * 4) > 1 ? panels * blocks / (threads * 4) : 1;
   const int bf16 = a->y_dtype == LQ_BF16 && lq_has_bf16();
   /* one segment is summed as integers to its end, panel by panel; shorter ones are held several at once */
   const int64_t depth = c->segments == 1 ? 2 * DEPTH : (2 * DEPTH / c->segment ? 2 * DEPTH / c->segment : 1) * c->segment;
@@ -1024,7 +1026,7 @@ static int codes_many(const lq_linear_args *a, const coded *c) {
     float scales[WIDE];
     int32_t zeros[WIDE];
     failed = !panel || !sums || !totals;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run) /* a thread's next panel is the one that was fetched ahead */
     for (int64_t task = 0; task < panels * blocks; task++) {
       if (!panel || !sums || !totals) continue;
       const int64_t n0 = task % panels * WIDE, m0 = task / panels * block, m1 = m0 + block < a->m ? m0 + block : a->m;
@@ -1076,7 +1078,8 @@ static int linear_codes(const lq_linear_args *a) {
     if (w->group < w->k) return LQ_REFUSED;
     segment = LONGEST;
   }
-  const int many = a->m > 8;
+  /* sums over long rows of bytes repay adding up each lane at their end; others repay panels earlier */
+  const int many = a->m > (w->bits == 8 && w->k >= 1024 ? 64 : 8);
   coded c;
   int status = encode(a, &c, segment);
   if (status) return status;
