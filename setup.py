@@ -23,19 +23,14 @@ class BuildLibrary(build_ext):
         try:
             recipe["build"](out)
         except recipe["BuildError"] as error:
-            print(
-                f"lightning_quant: packed models will run on torch's kernels, the C library was not built: {error}", file=sys.stderr
-            )
+            print(f"lightning_quant: packed models will run on torch's kernels, the C library was not built: {error}", file=sys.stderr)
 
 
 # optional: a missing file does not fail the installation
 setup(
     ext_modules=[
         Extension(
-            "lightning_quant.kernels.cpu.liblq",
-            [str(path) for path in sorted(SOURCE.glob("*.c"))],
-            optional=True,
-            py_limited_api=True,
+            "lightning_quant.kernels.cpu.liblq", [str(path) for path in sorted(SOURCE.glob("*.c"))], optional=True, py_limited_api=True
         )
     ],
     cmdclass={"build_ext": BuildLibrary},
