@@ -1,6 +1,6 @@
 """Speed of packed linear layers on a CPU, against float ones and other libraries' kernels, in one process.
 
-    python benchmarks/kernels.py                                     # a weight of 4096 x 4096, 1 to 1024 rows: 15 minutes
+    python benchmarks/kernels.py                                     # a weight of 4096 x 4096, 1 to 1024 rows: ten minutes
     python benchmarks/kernels.py --shape 11008x4096 --rows 1 8 --only "w4|nf4" --json out.json --plot out.png
     python benchmarks/kernels.py --quick                             # does all run, and is it right?
 

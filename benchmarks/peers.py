@@ -77,7 +77,7 @@ def _openvino(converted: Any, inputs: Inputs, threads: int, precision: str) -> R
 def _onnx(model: nn.Module, inputs: Inputs, folder: str) -> str:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    torch.onnx.export(model, inputs, f"{folder}/float.onnx", dynamo=True, verbose=False)
+    torch.onnx.export(model, inputs, f"{folder}/float.onnx", dynamo=True, external_data=False, verbose=False)
     quant_pre_process(f"{folder}/float.onnx", f"{folder}/ready.onnx", skip_symbolic_shape=True)
     return f"{folder}/ready.onnx"
 

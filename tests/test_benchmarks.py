@@ -1,0 +1,98 @@
+"""The speed benchmarks: what they run is right, and what is wrong is not timed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as a module; not by the import statement, as `kernels` is a package of others, too."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert str(FOLDER) not in sys.path
+    return module
+
+
+def test_blocks_take_turns_in_both_orders(monkeypatch):
+    timing = load("timing", monkeypatch)
+    assert doctest.testmod(timing).failed == 0
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) or {"a": 2.0, "b": 0.5}[name] for name in "ab"}
+    times = timing.measure(calls, timing.Settings(rounds=3, block=0.0, settle=0.0))
+    assert order == list("abbaab")
+    assert times == {"a": [2.0] * 3, "b": [0.5] * 3}  # calls that time themselves
+    assert timing.ratios(times, "a") == {"a": 1.0, "b": 4.0}
+
+
+def test_linear_kernels(tmp_path, monkeypatch, capsys):
+    kernels, file = load("kernels", monkeypatch), tmp_path / "out.json"
+    given = ["--quick", "--threads", "1", "--block", "0.001", "--shape", "96x256", "--rows", "1", "9", "--json", str(file)]
+    kernels.main([*given, "--plot", str(tmp_path / "out.png")])
+    (result,) = json.loads(file.read_text())["results"]
+    own = {f"ours {name}" for name in kernels.OURS}
+    measured, skipped = set(result["errors"]), set(result["skipped"])
+    assert own | {kernels.BASE, "bf16 F.linear"} <= measured
+    assert not measured & skipped
+    assert all(set(result["ratios"][rows]) == measured for rows in ("1", "9"))
+    # a scheme's error is its own: none is float32 in disguise, and fewer bits have larger ones
+    errors = [result["errors"][f"ours {bits}a16 bf16"] for bits in ("w8", "w4", "w3", "w2")]
+    assert 0.003 < errors[0] < errors[1] < errors[2] < errors[3]
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert "times as fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [lambda out: out * 1.05, lambda out: torch.full_like(out, torch.nan)])
+def test_a_wrong_kernel_is_not_timed(wrong, monkeypatch):
+    kernels = load("kernels", monkeypatch)
+    weight, x = torch.randn(64, 128), torch.randn(4, 128)
+    method = kernels.Weights(weight, x, 0).ours(kernels.OURS["w4a16 float32"])
+    built = kernels.timing.Built()
+    built["ours w4a16 float32"] = method
+    right = method.runs[0]
+    method.runs = [lambda given: wrong(right(given))]
+    with pytest.raises(SystemExit, match="at 4 rows is wrong"):
+        kernels.check(built, weight, x, [4])
+
+
+def test_decoding_along_a_path(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1)).eval()
+    models = load("models", monkeypatch)
+    prompt, path = torch.randint(50, (1, 6)), list[Tensor]()
+    with torch.inference_mode():
+        found = models.Decoder(model, prompt, 5, path).output()
+        whole = model(input_ids=torch.cat([prompt, *path], 1)).logits[0, -6:]
+        static = models.Decoder(model, prompt, 5, path, step=torch.compile(model, backend="eager"))
+        again = [static.output() for _ in range(2)]  # the second time with a cache that is reset
+        seconds = static()
+    torch.testing.assert_close(found, whole)
+    assert torch.equal(torch.cat(path, 1)[0], whole[:-1].argmax(-1))
+    for out in again:
+        torch.testing.assert_close(out, whole)
+    assert 0 < seconds < 60
+
+
+def test_a_part_without_its_files_is_skipped(tmp_path, monkeypatch, capsys):
+    models, file = load("models", monkeypatch), tmp_path / "out.json"
+    models.main(["--quick", "--threads", "1", "--only", "decode|resnet 1$", "--data", str(tmp_path), "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    assert [result["title"] for result in results] == ["decode", "resnet 1"]
+    assert all("names no folder" in result["missing"] for result in results)
+    assert capsys.readouterr().out.count("skipped: ") == 2
