@@ -43,8 +43,8 @@ class QuantPrecision(MixedPrecision):
         compute_dtype: of matrix products: `"bf16"`, `"fp16"` or `"fp32"`.
         ignore: patterns of layers that stay in float; output heads do in any case, unless a recipe names them.
         double_quant: keep the scales of nf4 and fp4 in 8 bits, too: 0.52 instead of 0.56 bytes a weight.
-        backend: `"bitsandbytes"`, `"native"` (this package's kernels), or `"auto"`: bitsandbytes where it is installed and has
-            a kernel for the layer and its device.
+        backend: `"bitsandbytes"`, `"native"` (this package's kernels), or `"auto"`: the first in `kernels.KERNELS` that can,
+            which on GPUs is bitsandbytes where it is installed and has a kernel for the layer.
 
     Raises:
         MisconfigurationException: an unknown mode, dtype or backend, or a backend that cannot run the mode.

@@ -135,7 +135,8 @@ def test_half_precision_norms_become_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "backend", "used"), [("nf4", "auto", "cpu"), ("nf4", "native", "native"), ("nf4", "bitsandbytes", "bitsandbytes"), ("int8", "auto", "cpu")]
+    ("mode", "backend", "used"),
+    [("nf4", "auto", "cpu"), ("nf4", "native", "native"), ("nf4", "bitsandbytes", "bitsandbytes"), ("int8", "auto", "cpu")],
 )
 def test_the_choice_of_the_backend_is_logged(caplog: Any, mode: str, backend: Any, used: str) -> None:
     pytest.importorskip("bitsandbytes")

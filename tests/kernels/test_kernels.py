@@ -253,3 +253,14 @@ def test_bitsandbytes_reads_rows_that_are_no_whole_blocks(kind, shape, dtype):
     scale = torch.rand(-(-shape[0] * shape[1] // 64)) + 0.5
     args = (pack(codes, spec), scale, None, shape, 0, spec, dtype)
     assert torch.equal(KERNELS["bitsandbytes"].ops["dequantize"](*args), KERNELS["reference"].ops["dequantize"](*args))
+
+
+def test_inductor_calls_the_kernel_past_the_dispatcher():
+    from torch._inductor.utils import run_and_get_code
+
+    module = packed_module(nn.Linear(40, 24), PRESETS["w4a16"].scheme, torch.randn(3, 40)).eval()
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        out, code = run_and_get_code(torch.compile(module), x)
+        assert torch.equal(out, module(x))
+    assert any("extern_kernels.lightning_quant_linear(" in text for text in code)
