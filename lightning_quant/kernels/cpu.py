@@ -258,6 +258,8 @@ class Linear:
         out = x.new_empty((*x.shape[:-1], packed.shape[0]))
         if not (x.is_contiguous() and packed.is_contiguous() and scale.is_contiguous()):
             x, packed, scale = x.contiguous(), packed.contiguous(), scale.contiguous()
+        if bias is not None and (bias.dtype not in DTYPES or not bias.is_contiguous()):
+            bias = bias.to(x.dtype).contiguous()
         key = (
             packed.data_ptr(),
             packed.shape,

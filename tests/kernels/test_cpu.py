@@ -240,3 +240,30 @@ def test_a_weight_that_moves_is_read_where_it_is():
     after = cpu.linear(x, words, scale, None, None, None, None, 70, spec, None)
     assert error(after, reference.linear(x, *second, None, None, None, 70, spec, None)) < 1e-6
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("features", [1, 5, 33, 40, 64, 100, 127, 128, 129, 200])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_rows_of_bfloat16(bits: int, features: int, isa: str):
+    """Every width of a row beside the blocks of words, with one scale a channel and with groups that do and do not divide them."""
+    for spec in (
+        QuantSpec(bits),
+        QuantSpec(bits, symmetric=False),
+        *(group(bits, size, symmetric=False) for size in (8, 16, 32, 48, 64)),
+    ):
+        args = packed(7, features, spec)
+        for rows in (1, 6):
+            x = torch.randn(rows, features).bfloat16()
+            expected = reference.linear(x.float(), *args, None, None, None, features, spec, None)
+            assert error(cpu.linear(x, *args, None, None, None, features, spec, None), expected) < 1e-2, (spec.label, rows)
+
+
+def test_no_features_and_unusual_biases(isa: str):
+    spec = PRESETS["w8a16"].scheme.weight
+    words, scale = torch.empty(6, 0, dtype=torch.int32), torch.ones(6, 1)
+    bias = torch.randn(12, dtype=torch.float64)[::2]
+    out = cpu.linear(torch.empty(3, 0), words, scale, None, bias, None, None, 0, spec, None)
+    torch.testing.assert_close(out, bias.float().expand(3, 6))
+    args, x = packed(6, 20, spec), torch.randn(2, 20)
+    expected = reference.linear(x, *args, bias, None, None, 20, spec, None)
+    assert error(cpu.linear(x, *args, bias, None, None, 20, spec, None), expected) < 1e-6

@@ -512,7 +512,7 @@ INLINE void few_pairs(
 ) {
   const lq_weight *w = &a->weight;
   const int64_t block = 512 / bits, row_bytes = w->row_words * 4, ahead = channels * row_bytes;
-  const int64_t inside = w->group < block ? block / w->group : 1; /* groups in a block */
+  const int64_t inside = w->group < w->k && w->group < block ? block / w->group : 1; /* groups in a block */
   __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   lanes = _mm512_srli_epi32(lanes, inside > 1 ? __builtin_ctzll((unsigned long long)(LANES / inside)) : 4);
   const uint8_t *at[SIDE];

@@ -128,6 +128,7 @@ static const lq_kernels *kernels(void) {
 
 int lq_linear(const lq_linear_args *args) {
   if (args->m == 0 || args->weight.n == 0) return LQ_OK;
+  if (args->weight.k == 0) return LQ_REFUSED;
   return kernels()->linear(args);
 }
 
