@@ -328,8 +328,9 @@ def linear(
 ) -> Tensor:
     """`F.linear` of the quantized input and the packed weight: `[..., in_features]` -> `[..., out_features]`.
 
-    Integer inputs are multiplied as integers, exactly. From the ninth row on, bfloat16 inputs meet weights rounded to bfloat16;
-    float32 and float16 inputs do if `rounds_float32()`, and are multiplied in float32 otherwise.
+    Integer inputs are multiplied as integers, exactly. From the ninth row on, bfloat16 inputs meet weights rounded to bfloat16
+    (4- and 2-bit codes at any number of rows); float32 and float16 inputs do if `rounds_float32()`, and are multiplied in float32
+    otherwise.
     """
     run = bind(weight_spec, input_spec)
     return run(x, weight_packed, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, in_features)
