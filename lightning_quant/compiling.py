@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import importlib
 import operator
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 
-from lightning_quant.kernels import onednn
-from lightning_quant.numerics import qrange
-from lightning_quant.spec import QuantSpec
+from lightning_quant.captured import Layer, read
+from lightning_quant.kernels import run_linear
+from lightning_quant.kernels.images import run_images
+from lightning_quant.regions import fuse_regions
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,15 +77,40 @@ class _Backend:
 
         run: Any = compile_fx  # its type also tells of what it returns for ahead-of-time compilation
 
-        options = dict(self.options)
-        if torch.is_grad_enabled() or not options["freezing"]:
-            return run(graph, inputs, config_patches={**options, "freezing": False})
+        if torch.is_grad_enabled() or not self.options["freezing"]:
+            return run(graph, inputs, config_patches={**self.options, "freezing": False})
         frozen, kept = freeze(graph, inputs)
-        if lower(frozen):
-            given = inductor.post_grad_custom_pre_pass
-            options.setdefault("post_grad_custom_pre_pass", _in_place_additions() if given is None else given)
-        compiled = run(frozen, [inputs[index] for index in kept], config_patches=options)
-        return lambda *args: compiled(*[args[index] for index in kept])
+        programs = fuse_regions(frozen)
+        if programs and call_kernels(frozen):
+            compiled: Callable[..., Any] = frozen.forward  # nothing is left to generate code for
+        else:
+            options = dict(self.options)
+            if lower(frozen):
+                given = inductor.post_grad_custom_pre_pass
+                options.setdefault("post_grad_custom_pre_pass", _in_place_additions() if given is None else given)
+            compiled = run(frozen, [inputs[index] for index in kept], config_patches=options)
+
+        def call(*args: Any) -> Any:
+            assert programs is not None  # the operators find them as long as they are held here
+            return compiled(*[args[index] for index in kept])
+
+        return call
+
+
+def call_kernels(graph: fx.GraphModule) -> bool:
+    """Call the kernels past torch's dispatcher, in place, if the graph has little else.
+
+    Returns:
+        whether it has.
+    """
+    direct = {torch.ops.lightning_quant.images.default: run_images, torch.ops.lightning_quant.linear.default: run_linear}
+    calls = [node for node in graph.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
+    if not all(node.target in direct or node.target in (operator.getitem, "flatten", torch.flatten) for node in calls):
+        return False
+    for node in calls:
+        node.target = direct.get(node.target, node.target)
+    graph.recompile()
+    return True
 
 
 def freeze(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[int]]:
@@ -124,97 +149,48 @@ def lower(graph: fx.GraphModule) -> int:
         how many were replaced.
     """
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers the operators
-    layers = [(node, _Layer.read(node, graph)) for node in graph.graph.nodes if node.op == "call_function"]
+    layers = [(node, read(node, graph, "onednn")) for node in graph.graph.nodes if node.op == "call_function"]
     found = [(node, layer) for node, layer in layers if layer is not None]
     for node, layer in found:
-        layer.replace(graph, node)
+        _replace(graph, node, layer)
     graph.graph.lint()
     graph.recompile()
     return len(found)
 
 
-class _Layer:
-    """A packed linear layer or convolution with static int8 inputs, whose parameters are known."""
-
-    def __init__(self, op: str, args: dict[str, Any], packed: Tensor, scale: Tensor, step: float, zero_point: int) -> None:
-        self.op, self.args, self.step, self.zero_point = op, args, step, zero_point
-        self.by_input = QuantSpec.decode(args["input_spec"])
-        self.shape = tuple(args["weight_shape"]) if op == "conv" else (packed.shape[0], args["in_features"])
-        self.weight = onednn.unpacked(packed, scale, self.shape, QuantSpec.decode(args["weight_spec"]))
-
-    @classmethod
-    def read(cls, node: fx.Node, graph: fx.GraphModule) -> _Layer | None:
-        """The layer that a node is; None if it is none, or has to stay as it is."""
-        op = str(node.target).removeprefix("lightning_quant.").removesuffix(".default")
-        if op not in ("linear", "conv") or not str(node.target).startswith("lightning_quant."):
-            return None
-        args: dict[str, Any] = dict(zip(_names(op), node.args)) | dict(node.kwargs)
-        x = args["x"].meta.get("example_value")
-        if not isinstance(x, Tensor) or not args["input_spec"] or _other_backend(args.get("backend", "")):
-            return None
-        weight_spec, by_input = QuantSpec.decode(args["weight_spec"]), QuantSpec.decode(args["input_spec"])
-        dims = len(args.get("weight_shape", (0, 0)))
-        if by_input.dynamic or (op == "conv" and (dims not in _CONVS or x.dim() != dims)) or (op == "linear" and x.dim() < 2):
-            return None
-        if onednn.refuses(op, x, weight_spec, by_input, args.get("weight_shape"), args.get("transposed", False)):
-            return None
-        names = ("weight_packed", "weight_scale", "input_scale", "input_zero_point")
-        constants = [_constant(args[name], graph) for name in names]
-        if any(value is None for value in constants):
-            return None
-        packed, scale, step, zero_point = (value for value in constants if value is not None)
-        return cls(op, args, packed, scale, step.item(), int(zero_point.item()) + (128 if by_input.signed else 0))
-
-    def replace(self, module: fx.GraphModule, node: fx.Node) -> None:
-        """Put quantize, dequantize and the float layer in the node's place."""
-        graph, args, ops = module.graph, self.args, torch.ops.quantized_decomposed
-        call = graph.call_function
-        names = [f"_{kind}_of_{node.name}" for kind in ("codes", "scale", "zero_point")]
-        for name, value in zip(names, self.weight, strict=True):
-            module.register_buffer(name, value)
-        x, bias, dtype = args["x"], args["bias"], args["x"].meta["example_value"].dtype
-        grid = (self.step, self.zero_point, 0, 255, torch.uint8)
-        low, high = (limit + (128 if self.by_input.signed else 0) for limit in qrange(self.by_input))
-        with graph.inserting_before(node):
-            if dtype != torch.float32:
-                x = graph.call_method("to", (x, torch.float32))
-            codes = call(ops.quantize_per_tensor.default, (x, *grid))
-            if (low, high) != (0, 255):
-                # on the codes: Inductor's fused quantization knows no narrower range, and takes a clamp of codes for one of floats
-                for kind, bound, name in ((torch.maximum, low, "low"), (torch.minimum, high, "high")):
-                    module.register_buffer(f"_{name}_of_{node.name}", torch.tensor(bound, dtype=torch.uint8))
-                    codes = call(kind, (codes, graph.get_attr(f"_{name}_of_{node.name}")))
-            x = call(ops.dequantize_per_tensor.default, (codes, *grid))
-            weight = call(ops.dequantize_per_channel.default, (*map(graph.get_attr, names), 0, -128, 127, torch.int8))
-            if bias is not None:
-                bias = graph.call_method("to", (bias, torch.float32))
-            if self.op == "linear":
-                out = call(F.linear, (x, weight, bias))
-            else:
-                geometry = (args[name] for name in ("stride", "padding", "dilation", "groups"))
-                out = call(_CONVS[len(self.shape)], (x, weight, bias, *geometry))
-            if dtype != torch.float32:
-                out = graph.call_method("to", (out, dtype))
-        out.meta.update(node.meta)
-        node.replace_all_uses_with(out)
-        graph.erase_node(node)
-
-
-def _names(op: str) -> list[str]:
-    return [argument.name for argument in getattr(torch.ops.lightning_quant, op).default._schema.arguments]
-
-
-def _other_backend(asked: str) -> bool:
-    forced = os.environ.get("LQ_BACKEND")
-    return forced != "onednn" if forced else asked not in ("", "native", "onednn")
-
-
-def _constant(node: Any, graph: fx.GraphModule) -> Tensor | None:
-    """The tensor behind a node, if it is an attribute of the graph."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = operator.attrgetter(str(node.target))(graph)
-    return value if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else None
+def _replace(module: fx.GraphModule, node: fx.Node, layer: Layer) -> None:
+    """Put quantize, dequantize and the float layer in the node's place."""
+    graph, args, ops = module.graph, layer.args, torch.ops.quantized_decomposed
+    call = graph.call_function
+    names = [f"_{kind}_of_{node.name}" for kind in ("codes", "scale", "zero_point")]
+    for name, value in zip(names, layer.weight, strict=True):
+        module.register_buffer(name, value)
+    x, bias, dtype = args["x"], args["bias"], args["x"].meta["example_value"].dtype
+    grid = (layer.step, layer.zero_point, 0, 255, torch.uint8)
+    low, high = layer.limits
+    with graph.inserting_before(node):
+        if dtype != torch.float32:
+            x = graph.call_method("to", (x, torch.float32))
+        codes = call(ops.quantize_per_tensor.default, (x, *grid))
+        if (low, high) != (0, 255):
+            # on the codes: Inductor's fused quantization knows no narrower range, and takes a clamp of codes for one of floats
+            for kind, bound, name in ((torch.maximum, low, "low"), (torch.minimum, high, "high")):
+                module.register_buffer(f"_{name}_of_{node.name}", torch.tensor(bound, dtype=torch.uint8))
+                codes = call(kind, (codes, graph.get_attr(f"_{name}_of_{node.name}")))
+        x = call(ops.dequantize_per_tensor.default, (codes, *grid))
+        weight = call(ops.dequantize_per_channel.default, (*map(graph.get_attr, names), 0, -128, 127, torch.int8))
+        if bias is not None:
+            bias = graph.call_method("to", (bias, torch.float32))
+        if layer.op == "linear":
+            out = call(F.linear, (x, weight, bias))
+        else:
+            geometry = (args[name] for name in ("stride", "padding", "dilation", "groups"))
+            out = call(_CONVS[len(layer.shape)], (x, weight, bias, *geometry))
+        if dtype != torch.float32:
+            out = graph.call_method("to", (out, dtype))
+    out.meta.update(node.meta)
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
 
 
 # --- int8 convolution + residual ------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_quant.kernels import KERNELS, choose, native, onednn
+from lightning_quant.kernels import KERNELS, choose, images, native, onednn
 from lightning_quant.nn import PackedModule
 from lightning_quant.report import table
 from lightning_quant.surgery import packed_modules
@@ -66,6 +67,11 @@ def _choice(name: str, module: PackedModule) -> Choice:
     weight = next(value for key, value in module._parameters.items() if value is not None and key.endswith("_packed"))
     x = torch.empty(0, dtype=module._float_dtype, device=weight.device)
     backend, refused = choose(module.operator, x, spec, by_input, module.spec_args[2])
+    if backend == "cpu" and module.operator == "conv" and not images.refuses(x, spec, by_input):
+        geometry: Any = (module.groups, module.transposed)
+        reason = images.misfit(module.packed_shape("weight"), *geometry)
+        if reason:
+            backend, refused = "onednn", {**refused, "cpu": reason}
     if backend == "onednn" and module.operator == "conv":
         reason = onednn.refuses("conv", x, spec, by_input, module.packed_shape("weight"), bool(module.transposed))
         if reason:  # of this geometry

@@ -14,7 +14,7 @@ from lightning_quant.kernels import onednn
 from tests.helpers import assert_close
 
 pytestmark = [
-    pytest.mark.skipif(not onednn._exact(), reason="no exact int8 arithmetic on this CPU"),
+    pytest.mark.skipif(not onednn.is_exact(), reason="no exact int8 arithmetic on this CPU"),
     pytest.mark.xdist_group("compile"),
 ]
 

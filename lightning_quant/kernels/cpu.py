@@ -12,14 +12,14 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.kernels import native, onednn, reference
+from lightning_quant.kernels import images, native, onednn, reference
 from lightning_quant.kernels.native import DTYPES, LinearArgs, WeightArgs
 from lightning_quant.numerics import CODEBOOKS, FLOAT8, dynamic_qparams, max_value, qrange
 from lightning_quant.packing import stored_values
@@ -82,7 +82,7 @@ def refuses(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | 
         return f"for CPU tensors, not {x.device.type}"
     if op == "linear" and x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    if op == "conv" and not onednn.refuses(op, x, weight_spec, input_spec):
+    if op == "conv" and images.refuses(x, weight_spec, input_spec) and not onednn.refuses(op, x, weight_spec, input_spec):
         return "oneDNN convolves in integers"
     return ""
 
@@ -96,6 +96,8 @@ def describe(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec |
     isa = native.isa()
     if op == "embedding":
         return "only the rows asked for are dequantized", ""
+    if op == "conv" and not images.refuses(x, weight_spec, input_spec):
+        return f"int8 dot products, image by image ({isa})", ""
     if op in ("conv", "dequantize"):
         return f"dequantized at every call ({isa}), then torch's float operator", "slower than float, but smaller"
     slow = "" if native.LEVEL.value == "avx512" else f"{isa}: no AVX512 with VNNI, or it is masked: no faster than float"
@@ -164,8 +166,34 @@ def embedding(
     return out.reshape(*indices.shape, embedding_dim)
 
 
-# convolutions with weights that the library dequantizes
-conv = partial(reference.conv, dequantize=dequantize_weight)
+def conv(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+    weight_spec: QuantSpec,
+    input_spec: QuantSpec | None,
+) -> Tensor:
+    """`reference.conv`: static int8 in integers, the rest in float with a weight that is dequantized at every call."""
+    rest: Any = (weight_packed, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, weight_shape)
+    rest = (*rest, stride, padding, dilation, groups, transposed, output_padding, weight_spec, input_spec)
+    in_float: Any = reference.conv
+    if x.numel() and not images.refuses(x, weight_spec, input_spec):
+        if not images.misfit(weight_shape, groups, transposed):
+            return images.conv(x, *rest[:2], *rest[3:10], *rest[-2:])
+        if not onednn.refuses("conv", x, weight_spec, input_spec, weight_shape, transposed):
+            return onednn.conv(x, *rest)
+    return in_float(x, *rest, dequantize=dequantize_weight)
 
 
 def _as_float8(x: Tensor, scale: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class _Weight:
 
 
 @cache
-def _exact() -> bool:
+def is_exact() -> bool:
     """Whether torch has the operators and the CPU sums without saturating: before VNNI, pairs of products are cut to 16 bits."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
@@ -85,9 +85,14 @@ def refuses(
         return f"input in {x.dtype}"
     if transposed:
         return "transposed convolutions"
-    if weight_shape is not None and math.prod(weight_shape[1:]) > _LONGEST:
-        return f"sums of more than {_LONGEST} products"
-    return "" if _exact() else "no exact int8 arithmetic on this CPU"
+    if weight_shape is not None and too_long(weight_shape):
+        return too_long(weight_shape)
+    return "" if is_exact() else "no exact int8 arithmetic on this CPU"
+
+
+def too_long(weight_shape: Sequence[int]) -> str:
+    """Why sums of so many products are refused: they may not fit into 32 bits."""
+    return f"sums of more than {_LONGEST} products" if math.prod(weight_shape[1:]) > _LONGEST else ""
 
 
 def describe(op: str, x: Tensor, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from lightning_quant.packing import pack
 from lightning_quant.spec import PRESETS, QuantScheme, QuantSpec
 from tests.helpers import assert_close
 
-pytestmark = pytest.mark.skipif(not onednn._exact(), reason="no exact int8 arithmetic on this CPU")
+pytestmark = pytest.mark.skipif(not onednn.is_exact(), reason="no exact int8 arithmetic on this CPU")
 
 STATIC = QuantSpec(8, symmetric=False, granularity="tensor")
 SCHEMES = {

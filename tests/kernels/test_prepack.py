@@ -122,7 +122,7 @@ def packed_conv() -> nn.Module:
     return lq.quantize(nn.Sequential(nn.Conv2d(6, 5, 3)), "w8a8", [X])
 
 
-needs_onednn = pytest.mark.skipif(not onednn._exact(), reason="no exact int8 arithmetic on this CPU")
+needs_onednn = pytest.mark.skipif(not onednn.is_exact(), reason="no exact int8 arithmetic on this CPU")
 
 
 @needs_onednn

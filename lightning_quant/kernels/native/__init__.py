@@ -60,6 +60,7 @@ def library() -> ctypes.CDLL | None:
         *(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, pointer),
     ]
     found.lq_quantize_tensor.restype = None
+    found.lq_images.argtypes = [pointer]
     use(os.environ.get("LQ_ISA", LEVELS[-1]), found)
     return found
 

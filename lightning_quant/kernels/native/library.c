@@ -9,7 +9,7 @@
 int omp_get_max_threads(void);
 #endif
 
-#define SLOTS 4
+#define SLOTS 5
 #define KEEP ((size_t)32 << 20) /* larger buffers go back to the system with the next small request */
 
 static _Thread_local struct { void *at; size_t size; } scratch[SLOTS];
@@ -134,6 +134,17 @@ int lq_linear(const lq_linear_args *args) {
 
 void lq_dequantize(const lq_weight *weight, const int64_t *rows, int64_t count, int32_t dtype, void *out) {
   kernels()->dequantize(weight, rows, count, dtype, out);
+}
+
+int lq_images(const lq_program *program) {
+  if (level < 0) lq_use(AVX512);
+#if defined(__x86_64__) && !defined(LQ_BASE_ONLY)
+#ifndef LQ_NO_AVX512
+  if (level == AVX512) return lq_images_avx512(program);
+#endif
+  if (level == AVX2) return lq_images_avx2(program);
+#endif
+  return lq_images_base(program);
 }
 
 /* Codes of a whole tensor with one scale, for operators outside of this library. */

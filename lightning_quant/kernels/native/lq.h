@@ -61,6 +61,50 @@ typedef struct {
 
 extern const lq_kernels lq_base, lq_avx2, lq_avx512;
 
+/* --- programs of steps that run image by image (images.c) --- */
+
+enum { LQ_CONV, LQ_QUANTIZE, LQ_COPY, LQ_MAX_POOL, LQ_MEAN, LQ_STORE };
+
+/* where a step reads or writes: a tensor of the program's, or (below 0) an offset into the arena */
+typedef struct {
+  int32_t used, tensor;
+  int64_t offset;
+} lq_place;
+
+typedef struct {
+  void *data;
+  int64_t stride; /* bytes from one image to the next */
+} lq_tensor;
+
+/* distances are in elements; what a step has no use for is 0 */
+typedef struct {
+  int32_t kind;
+  int32_t in_h, in_w, in_c, out_h, out_w, out_c;
+  int32_t stride_h, stride_w, window_h, window_w;
+  int32_t top, left, bottom, right; /* the border of `codes`, or of a pool */
+  int32_t shift;                    /* the first channel that is written */
+  lq_place in, other, out, codes;   /* `other` is added */
+  int64_t in_row, in_pixel, in_channel, other_row, other_pixel, out_row, out_pixel, out_channel, code_row, code_pixel;
+  float low, high; /* what values are clamped to: ReLU */
+  float inverse, code_low, code_high; /* codes: clamp(x * inverse) rounded, then + code_zero */
+  int32_t code_zero;
+  /* convolutions: weight [channels / 16, taps, 16, 4], where a tap is 4 neighbouring codes, `offsets[tap]` from the first one */
+  int64_t taps;
+  const int32_t *offsets;
+  const int8_t *weight;
+  const int32_t *start; /* what sums start from, as codes have a zero point */
+  const float *scale, *bias;
+} lq_step;
+
+typedef struct {
+  const lq_step *steps;
+  int64_t count;
+  lq_tensor *tensors;
+  int64_t images, arena, work; /* bytes of scratch, and multiplications of an image */
+} lq_program;
+
+int lq_images_base(const lq_program *), lq_images_avx2(const lq_program *), lq_images_avx512(const lq_program *);
+
 /* scratch that a thread keeps between calls; NULL if there is no memory */
 void *lq_scratch(int slot, size_t bytes);
 int lq_threads(int64_t work);

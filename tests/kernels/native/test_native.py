@@ -15,6 +15,8 @@ from lightning_quant.numerics import quantize
 from lightning_quant.spec import QuantSpec
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("native")
+
 SANITIZERS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -27,21 +29,48 @@ def test_the_library_is_built():
     assert native.isa().split()[0] in native.LEVELS
 
 
-def test_sanitizers_find_nothing(tmp_path: Path):
-    """Address and undefined-behaviour sanitizers over random calls with buffers of the exact size."""
-    compiler = shutil.which("gcc")
-    if compiler is None:
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library with address and undefined-behaviour sanitizers."""
+    if shutil.which("gcc") is None:
         pytest.skip("no gcc for the sanitizers")
-    library = build(tmp_path / "liblq.so", SANITIZERS)
-    program = [compiler, "-I", str(native.LIBRARY.parent), str(HERE / "check.c"), str(library), "-fopenmp", *SANITIZERS, "-lm"]
+    return build(tmp_path_factory.mktemp("checked") / "liblq.so", SANITIZERS)
+
+
+def test_sanitizers_find_nothing(checked: Path, tmp_path: Path):
+    """Random calls with buffers of the exact size."""
+    program = ["gcc", "-I", str(native.LIBRARY.parent), str(HERE / "check.c"), str(checked), "-fopenmp", *SANITIZERS, "-lm"]
     subprocess.run([*program, "-o", str(tmp_path / "check")], check=True)
     run = subprocess.run(
-        [tmp_path / "check", "500"], capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+        [tmp_path / "check", "500"], capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": str(checked.parent)}
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "500 rounds" in run.stdout
     if native.isa() != "portable":
         assert " 0 compared" not in run.stdout
+
+
+def test_sanitizers_find_nothing_in_programs_of_convolutions(checked: Path):
+    # beside the first, exceptions of C++ need the second
+    names = ("libasan.so", "libstdc++.so.6")
+    libraries = [subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True) for name in names]
+    if any(found.returncode or not Path(found.stdout.strip()).is_absolute() for found in libraries):
+        pytest.skip("no address sanitizer to preload")
+    code = f"""
+from pathlib import Path
+from lightning_quant.kernels import native
+native.LIBRARY = Path({str(checked)!r})
+from tests.kernels.images.test_images import check
+for isa in native.LEVELS:
+    native.use(isa)
+    for seed in range(40):
+        check(seed, (1, 2))
+print("done")
+"""
+    preload = " ".join(found.stdout.strip() for found in libraries)
+    run = in_process(code, LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="2")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "done" in run.stdout
 
 
 def test_the_environment_masks_instruction_sets():
