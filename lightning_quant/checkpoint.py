@@ -143,12 +143,15 @@ def init_arguments(module_class: type, checkpoint: dict[str, Any], given: dict[s
 
 def _recorded(checkpoint: dict[str, Any], described: dict[str, dict[str, Any]]) -> ModelInfo:
     """The recipe as `QATCallback` saved it, else one that names every module."""
-    method = next((told["setup"]["method"] for told in described.values() if "setup" in told), "ste")
+    setup: dict[str, Any] = next((told["setup"] for told in described.values() if "setup" in told), {})
+    method, options = setup.get("method", "ste"), setup.get("method_options", {})
     folded = {told["folded"]: name for name, told in described.items() if told.get("folded")}
     for key, state in checkpoint.get("callbacks", {}).items():
         if key.startswith("QATCallback") and "recipe" in state:
-            return ModelInfo(Recipe.from_dict(state["recipe"]), state["method"], {}, folded)
-    return ModelInfo(Recipe(schemes={name: told["scheme"] for name, told in described.items()}), method, {}, folded)
+            return ModelInfo(Recipe.from_dict(state["recipe"]), method, {}, folded, method_options=options)
+    return ModelInfo(
+        Recipe(schemes={name: told["scheme"] for name, told in described.items()}), method, {}, folded, method_options=options
+    )
 
 
 def rebuild_prepared(module: nn.Module, state: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:

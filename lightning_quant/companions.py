@@ -13,11 +13,55 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_quant.surgery import is_packed, is_prepared
+from lightning_quant.adapters import has_adapter
+from lightning_quant.methods import get_method
+from lightning_quant.nn import FakeModule, lookup
+from lightning_quant.oscillation import KINDS
+from lightning_quant.surgery import get_info, is_packed, is_prepared
+
+When = int | float | None
+
+_MADE_LATE = "made after preparation (in the module's setup?); build layers in __init__ or configure_model"
+
+
+def check_when(name: str, value: When) -> When:
+    """A time of QATCallback: an epoch (int), a fraction of the training (float in 0..1), or None.
+
+    Raises:
+        MisconfigurationException: none of these.
+    """
+    good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    if not good and not (isinstance(value, float) and 0.0 <= value <= 1.0):
+        raise MisconfigurationException(
+            f"QATCallback {name}={value!r}: give an epoch (int, from 0), a fraction of the training (float in 0..1), or None"
+        )
+    return value
+
+
+def check_learning(method: str, scale_lr: float | None, oscillation: str | None, threshold: float, strength: float) -> None:
+    """Raises MisconfigurationException for arguments of QATCallback that do not go together, or have no meaning."""
+    rules = get_method(method)
+    if scale_lr is not None and not (scale_lr > 0 and rules.learns):
+        raise MisconfigurationException(
+            f"QATCallback scale_lr={scale_lr}: a positive factor, for methods that learn scales, which {method!r} "
+            f"{'does' if rules.learns else 'does not'}"
+        )
+    if oscillation not in (None, *KINDS):
+        raise MisconfigurationException(f"QATCallback oscillation={oscillation!r}: valid are {', '.join(KINDS)}, and None")
+    if oscillation is not None and rules.weight.transform is not None:
+        raise MisconfigurationException(
+            f"QATCallback oscillation={oscillation!r}: method {method!r} transforms weights before they are rounded; use one "
+            f"that does not, such as 'lsq'"
+        )
+    if not 0 < threshold <= 1 or not 0 < strength < float("inf"):
+        raise MisconfigurationException(
+            f"QATCallback oscillation_threshold={threshold}, oscillation_strength={strength}: the threshold is in (0, 1], the "
+            f"strength positive"
+        )
 
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
@@ -121,6 +165,23 @@ def configure(trainer: L.Trainer, module: L.LightningModule, who: str) -> None:
             f"{who} calls {type(module).__name__}.configure_model before the module's own setup(), so that its layers can be "
             f"prepared before checkpoints are restored; there it raised {type(error).__name__}: {error}"
         ) from error
+
+
+def list_late(module: nn.Module) -> None:
+    """Layers that a module's own setup() made, after preparation, are in float: say so."""
+    info = get_info(module)
+    if info is None or is_packed(module):
+        return
+    late = [
+        name
+        for name, part in module.named_modules()
+        if lookup(type(part)) is not None and not isinstance(part, FakeModule) and name not in info.skipped
+        if not (has_adapter(module) and ".lora_" in name)
+    ]
+    for name in late:
+        info.skipped[name] = _MADE_LATE
+    if late:
+        rank_zero_warn(f"QATCallback: {', '.join(late)} stay in float: {_MADE_LATE}")
 
 
 # --- strategies -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_quant.double_quant import stored_scale
+from lightning_quant.gradients import PLAIN, Rule, refit_scale
 from lightning_quant.numerics import (
     MIN_SCALE,
     calc_qparams,
@@ -28,8 +29,6 @@ from lightning_quant.numerics import (
 from lightning_quant.observers import make_observer
 from lightning_quant.sharding import is_managed, put, whole
 from lightning_quant.spec import QuantSpec
-
-METHODS = ("ste", "lsq")
 
 
 class _RoundTrip(torch.autograd.Function):
@@ -202,7 +201,8 @@ class FakeQuantize(nn.Module):
         axis: as in `to_groups`.
         name: the tensor's qualified name, for messages.
         observer, observer_options: a key of `OBSERVERS` and its keyword arguments.
-        learned: LSQ: `scale`, and `zero_point` if asymmetric, are parameters, initialised from the observer.
+        rule: what its method does; where scales learn, `scale`, and `zero_point` if asymmetric, are parameters, initialised from
+            the observer.
 
     Example:
         >>> fq = FakeQuantize(QuantSpec(8, symmetric=False, granularity="tensor"))
@@ -226,13 +226,14 @@ class FakeQuantize(nn.Module):
         name: str = "input",
         observer: str = "minmax",
         observer_options: dict[str, Any] | None = None,
-        learned: bool = False,
+        rule: Rule = PLAIN,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.axis, self.name = spec, axis, name
         self.is_weight = shape is not None
-        self.learned = learned and not spec.dynamic and spec.is_int
+        self.rule = rule
+        self.learned = rule.fake is not None and not spec.dynamic and spec.is_int
         self.observing = self.quantizing = False
         # DDP waits for a gradient of every parameter: learned ones then stay in the graph while nothing is quantized
         self.linked = False
@@ -249,7 +250,7 @@ class FakeQuantize(nn.Module):
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
-        if self.learned and not spec.symmetric:
+        if self.learned and rule.learns_zero_point and not spec.symmetric:
             self.zero_point = nn.Parameter(zero_point.float())
         else:
             self.register_buffer("zero_point", zero_point)
@@ -270,8 +271,22 @@ class FakeQuantize(nn.Module):
         self.require_range()
         if self.learned:
             elements = x[0].numel() if not self.is_weight and x.dim() > 1 else None
-            return lsq_fake_quantize(x, self.safe_scale(), self.zero_point, self.spec, self.axis, elements)
+            fake = self.rule.fake or lsq_fake_quantize
+            return fake(x, self.safe_scale(), self.zero_point, self.spec, self.axis, elements)
         return fake_quantize(x, self.scale, self.zero_point, self.spec, self.axis)
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code in use."""
+        return self.rule.codes(self.spec)
+
+    @torch.no_grad()
+    def clip(self, weight: Tensor) -> Tensor:
+        """A float32 weight such that quantizing it gives no code that is not in use."""
+        if self.codes == qrange(self.spec):
+            return weight
+        rows, scale = to_groups(weight, self.spec, self.axis), self.safe_scale().reshape(-1, 1)
+        return from_groups(rows.clamp(scale * self.codes[0], scale * self.codes[1]), weight.shape, self.spec, self.axis)
 
     @property
     def waits(self) -> bool:
@@ -318,6 +333,8 @@ class FakeQuantize(nn.Module):
         with self._named():
             low, high = self.observer.measure(rows, lambda: to_groups(torch.ones_like(weight), self.spec, self.axis))
         scale, zero_point = calc_qparams(low, high, self.spec)
+        if self.codes != qrange(self.spec):
+            scale = refit_scale(rows, scale, *self.codes)
         return scale.reshape(self.scale.shape), zero_point.reshape(self.zero_point.shape)
 
     @contextlib.contextmanager

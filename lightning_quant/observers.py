@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.numerics import calc_qparams, dequantize_rows, quantize_rows
+from lightning_quant.numerics import MIN_SCALE, calc_qparams, dequantize_rows, max_value, qrange, quantize_rows
 from lightning_quant.spec import QuantSpec
 
 OBSERVERS: dict[str, type[Observer]] = {}
 
 Range = tuple[Tensor, Tensor]
+_LARGEST = torch.finfo(torch.float32).max
 # reduce(tensor, op) merges a tensor over ranks in place; op is one of min, max, sum
 Reduce = Callable[[Tensor, str], None]
 
@@ -369,3 +370,50 @@ class KLObserver(HistogramObserver):
             best_low = torch.where(better, low * shrink, best_low)
             best_high = torch.where(better, high * shrink, best_high)
         return best_low, best_high
+
+
+def _moments(values: Tensor, counts: Tensor, *powers: int) -> list[Tensor]:
+    """Means of powers of values relative to the largest magnitude, which is the first of what returns; float64 `[groups]` each."""
+    largest = values.double().abs().amax(1).clamp(min=MIN_SCALE)
+    relative, counts = values.double() / largest[:, None], counts.double()
+    total = counts.sum(1).clamp(min=1)
+    means = [((relative.abs() if power == 0 else relative.pow(power)) * counts).sum(1) / total for power in powers]
+    return [largest, *means]
+
+
+@register_observer("lsq")
+class LSQObserver(HistogramObserver):
+    """LSQ's first scale, `2 * mean|v| / sqrt(q_max)` (Esser et al. 2020, arXiv:1902.08153, section 2.1).
+
+    An asymmetric range of values that are never negative has the codes of LSQ's unsigned data; else 0 is in its middle. Formats
+    that are no integers keep their whole range.
+    """
+
+    def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
+        if not self.spec.is_int:
+            return low, high
+        qmin, qmax = qrange(self.spec)
+        largest, mean = _moments(values, counts, 0)
+        unsigned = (low >= 0) & (not self.spec.signed or not self.spec.symmetric)
+        codes = torch.where(unsigned, float(qmax - qmin), float((qmax - qmin) // 2)).double()
+        spanned = torch.where(unsigned, codes, (qmax - qmin) / 2)
+        end = (2 * mean / codes.sqrt() * spanned * largest).clamp(max=_LARGEST).float()
+        return torch.where(unsigned, 0.0, -end), end
+
+
+@register_observer("sigma")
+class SigmaObserver(HistogramObserver):
+    """Three standard deviations around the mean, as LSQ+ starts weights (Bhalgat et al. 2020, arXiv:2004.09576, section 3.2).
+
+    A symmetric scale is `max(|mean - 3 sigma|, |mean + 3 sigma|) / 2^(bits - 1)`; an asymmetric range ends where the values do.
+    """
+
+    def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
+        largest, mean, square = _moments(values, counts, 1, 2)
+        spread = 3 * (square - mean.square()).clamp(min=0).sqrt()
+        ends = [((mean + side * spread) * largest).clamp(-_LARGEST, _LARGEST).float() for side in (-1, 1)]
+        if not self.spec.symmetric:
+            return torch.maximum(torch.minimum(ends[0], high), low), torch.minimum(torch.maximum(ends[1], low), high)
+        codes = 2.0 ** (self.spec.bits - self.spec.signed) if self.spec.is_int else max_value(self.spec)
+        end = torch.maximum(ends[0].abs(), ends[1].abs()) * (max_value(self.spec) / codes)
+        return -end, end

@@ -139,6 +139,7 @@ def _write(model: nn.Module, target: Path) -> None:
             "aliases": aliases,
             "recipe": info.recipe.to_dict() if info else None,
             "method": info.method if info else "ste",
+            "method_options": info.method_options if info else {},
             "skipped": info.skipped if info else {},
             "folded": info.folded if info else {},
             "notes": info.notes if info else {},
@@ -249,7 +250,7 @@ def load_quantized(module: nn.Module, directory: str | os.PathLike[str]) -> nn.M
     for alias, kept in config["aliases"].items():
         _tie(model, alias, kept)
     recipe = Recipe.from_dict(config["recipe"]) if config["recipe"] else Recipe()
-    told = {key: config.get(key, {}) for key in ("skipped", "folded", "notes")}
+    told = {key: config.get(key, {}) for key in ("method_options", "skipped", "folded", "notes")}
     model.__dict__[INFO] = ModelInfo(recipe, config.get("method", "ste"), **told, float_bytes=config.get("float_bytes"))
     first = next(module.parameters(), None)
     if first is not None and first.device.type not in ("meta", "cpu"):

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.fake_quant import METHODS
 from lightning_quant.fitting import INFO, check_state, is_check
 from lightning_quant.fold import fold_norm
+from lightning_quant.gradients import Rule
+from lightning_quant.methods import check_schemes, get_method, resolve_options
 from lightning_quant.nn import FakeModule, PackedModule, make_fake
 from lightning_quant.nn.attention import FakeMultiheadAttention, disable_fast_path
 from lightning_quant.nn.base import Setup
@@ -37,6 +38,7 @@ class ModelInfo:
     folded: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     float_bytes: int | None = None
+    method_options: dict[str, float] = field(default_factory=dict)
 
 
 def get_info(model: nn.Module) -> ModelInfo | None:
@@ -65,24 +67,24 @@ def is_packed(model: nn.Module) -> bool:
 # --- prepare --------------------------------------------------------------------------------------------------------
 
 
-def _default_observer(spec: QuantSpec | None, training: bool, learned: bool) -> str:
-    if spec is not None and spec.is_int and spec.bits < 8 and (learned or not training):
-        return "mse"
-    return "moving_average" if training else "minmax"
+def _observer(spec: QuantSpec | None, rule: Rule, otherwise: str, narrow: str | None = None) -> str:
+    """Where a range comes from: below 8 bits where the rule learns its scale from, or `narrow`."""
+    if spec is None or not spec.is_int or spec.bits >= 8:
+        return otherwise
+    return rule.observer if rule.fake is not None else narrow or otherwise
 
 
-def _setup(match: Match, recipe: Recipe, method: str, training: bool) -> Setup:
-    learned = method == "lsq"
-    weight_observer = recipe.weight_observer
-    if weight_observer is None:
-        weight_observer = "mse" if learned and match.scheme.weight is not None and match.scheme.weight.bits < 8 else "minmax"
+def _setup(match: Match, recipe: Recipe, method: str, options: dict[str, float], training: bool) -> Setup:
+    rules, scheme = get_method(method), match.scheme
+    plain, narrow = ("moving_average", None) if training else ("minmax", "mse")
     return Setup(
-        match.scheme,
+        scheme,
         match.name,
         method,
-        recipe.observer or _default_observer(match.scheme.input or match.scheme.output, training, learned),
+        options,
+        recipe.observer or _observer(scheme.input or scheme.output, rules.activation, plain, narrow),
         recipe.observer_options,
-        weight_observer,
+        recipe.weight_observer or _observer(scheme.weight, rules.weight, "minmax"),
         recipe.weight_observer_options,
     )
 
@@ -95,18 +97,19 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: bool = True) -> nn.Module:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    method: str = "ste",
+    method_options: Mapping[str, float] | None = None,
+    training: bool = True,
+) -> nn.Module:
     """Do what a plan made for this very model says; see `prepare`."""
     if is_sharded(model):
         raise ValueError("the model is sharded already (fully_shard): prepare it before, or copy it with plain_copy")
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
-    for match in plan.matches if method == "lsq" else ():
-        for spec in (match.scheme.weight, match.scheme.input, match.scheme.output):
-            if spec is not None and not spec.is_int and not spec.dynamic:
-                raise ValueError(
-                    f"{match.name}: LSQ learns the scales of integers, and the recipe gives {spec.label}: use method='ste'"
-                )
+    options = resolve_options(method, method_options)
+    check_schemes(method, {match.name: match.scheme for match in plan.matches})
     modules, float_bytes = dict(model.named_modules()), model_bytes(model)
     folds = dict(plan.pairs)
     replace_modules(model, {id(modules[name]): experts for name, experts in plan.unfused.items()})
@@ -115,7 +118,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
             fold_norm(modules[producer], modules[norm])
         replace_modules(model, {id(modules[norm]): nn.Identity() for norm in folds.values()})
     for match in plan.matches:
-        setup = _setup(match, plan.recipe, method, training)
+        setup = _setup(match, plan.recipe, method, options, training)
         fake = make_fake(match.module, match.entry)
         fake.attach(setup)
         if training and match.name in folds:
@@ -130,7 +133,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, method: str = "ste", training: b
     model.register_load_state_dict_pre_hook(check_state)
     notes = {match.name: match.note for match in plan.matches if match.note}
     folded = {norm: producer for producer, norm in plan.pairs}
-    model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes, float_bytes)
+    model.__dict__[INFO] = ModelInfo(plan.recipe, method, plan.skipped, folded, notes, float_bytes, options)
     return model
 
 
@@ -154,6 +157,7 @@ def prepare(
     recipe: Recipe | str | dict[str, Any],
     *,
     method: str = "ste",
+    method_options: Mapping[str, float] | None = None,
     training: bool = True,
     call: Callable[[], Any] | None = None,
 ) -> nn.Module:
@@ -164,7 +168,8 @@ def prepare(
     Args:
         model: any float module.
         recipe: what `as_recipe` takes.
-        method: `"ste"`, or `"lsq"` for learned scales.
+        method: a key of `METHODS`; see `QATCallback`.
+        method_options: its options, by name.
         training: for QAT: BatchNorms stay and learn, folded into the quantized weights; else (PTQ) they are folded for good.
         call: runs `model` on an example, to find BatchNorms and the order of layers where tracing does not get through.
 
@@ -172,14 +177,16 @@ def prepare(
         `model`.
 
     Raises:
-        ValueError: see `plan_model`; nothing was changed then.
+        ValueError: a method that does not exist or does not fit the recipe, and see `plan_model`; nothing was changed then.
 
     Example:
         >>> net = prepare(nn.Sequential(nn.Linear(8, 4)), "w8a8-dynamic")
         >>> type(net[0]).__name__, isinstance(net[0], nn.Linear)
         ('FakeLinear', True)
     """
-    return apply_plan(model, plan_model(model, recipe, call, training=training), method=method, training=training)
+    resolve_options(method, method_options)
+    plan = plan_model(model, recipe, call, training=training)
+    return apply_plan(model, plan, method=method, method_options=method_options, training=training)
 
 
 def relink_norms(model: nn.Module) -> None:
@@ -268,7 +275,7 @@ def param_groups(module: nn.Module, *, scale_lr: float | None = None, **options:
         >>> [len(group["params"]) for group in param_groups(net, lr=1e-3, weight_decay=1e-4, scale_lr=1e-4)]
         [2, 3]
     """
-    learned = _learned(module)
+    learned = learned_parameters(module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [value for value in trained if id(value) not in learned], **options}]
     scales = [value for value in trained if id(value) in learned]
@@ -278,7 +285,7 @@ def param_groups(module: nn.Module, *, scale_lr: float | None = None, **options:
     return groups
 
 
-def _learned(module: nn.Module) -> set[int]:
+def learned_parameters(module: nn.Module) -> set[int]:
     """The learned scales and zero points, by id."""
     return {id(value) for fake in fake_modules(module).values() for _, part in fake.quantizers() for value in part.parameters()}
 
@@ -294,7 +301,7 @@ def widen_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, s
     Returns:
         the state to load; None (load what is given) if the groups do not match.
     """
-    learned = _learned(module)
+    learned = learned_parameters(module)
     saved, groups = iter(state["param_groups"]), []
     moved: dict[int, int] = {}
     start = 0

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant.fake_quant import METHODS, FakeQuantize, dynamic_fake_quantize, fake_quantize, lsq_fake_quantize
+from lightning_quant.fake_quant import FakeQuantize, dynamic_fake_quantize, fake_quantize, lsq_fake_quantize
+from lightning_quant.methods import METHODS
 from lightning_quant.numerics import calc_qparams, qrange, to_groups
 from lightning_quant.spec import QuantSpec
 from tests.helpers import FLOAT8, assert_same_state, own_activation, spec_id
@@ -189,14 +190,14 @@ def test_observe_in_float_and_then_quantize():
 def test_an_observed_weight_has_the_range_of_now(method):
     spec = QuantSpec(4, granularity="group", group_size=16)
     weight = torch.randn(3, 50)
-    quantizer = FakeQuantize(spec, weight.shape, axis=0, name="fc.weight", learned=method == "lsq")
+    quantizer = FakeQuantize(spec, weight.shape, axis=0, name="fc.weight", rule=METHODS[method].rule(True, METHODS[method].options))
     assert quantizer.scale.shape == (3, 4)
     quantizer.observe(weight)
     first = quantizer.scale.clone()
     torch.testing.assert_close(first.flatten(), qparams(weight, spec, shrink=1.0)[0])
     quantizer.observing = quantizer.quantizing = True
     quantizer(weight * 2)
-    torch.testing.assert_close(quantizer.scale, first * (1 if method == "lsq" else 2))
+    torch.testing.assert_close(quantizer.scale, first * (1 if quantizer.learned else 2))
 
 
 def test_nan_names_the_tensor():
@@ -226,7 +227,7 @@ def test_without_a_range_there_is_no_quantizing():
 @pytest.mark.parametrize("observer", ["minmax", "moving_average", "mse"])
 def test_state_round_trip(observer, method):
     def fresh():
-        return FakeQuantize(TENSOR, observer=observer, learned=method == "lsq")
+        return FakeQuantize(TENSOR, observer=observer, rule=METHODS[method].rule(False, METHODS[method].options))
 
     quantizer = fresh()
     quantizer.observing = True
@@ -247,7 +248,7 @@ def test_state_round_trip(observer, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_float_checkpoint_resets(method):
-    quantizer = FakeQuantize(TENSOR, learned=method == "lsq")
+    quantizer = FakeQuantize(TENSOR, rule=METHODS[method].rule(False, METHODS[method].options))
     holder = nn.ModuleDict({"fc": nn.Linear(3, 3), "fc_fake_quant": quantizer})
     before = {key: (value.shape, value.dtype) for key, value in holder.state_dict().items()}
     quantizer.observing = True
@@ -275,7 +276,7 @@ def test_half_a_state_is_missing_keys():
 @pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.double])
 def test_casts_keep_the_scale(cast, method):
     for observer in ("minmax", "percentile"):
-        quantizer = FakeQuantize(TENSOR, observer=observer, learned=method == "lsq")
+        quantizer = FakeQuantize(TENSOR, observer=observer, rule=METHODS[method].rule(False, METHODS[method].options))
         quantizer.observing = True
         quantizer(torch.randn(50))
         quantizer.update_qparams()
@@ -283,13 +284,15 @@ def test_casts_keep_the_scale(cast, method):
         cast(quantizer)
         assert quantizer.scale.dtype == torch.float32
         assert_same_state(quantizer.state_dict(), before)
-        assert [name for name, _ in quantizer.named_parameters()] == (["scale", "zero_point"] if method == "lsq" else [])
+        assert [name for name, _ in quantizer.named_parameters()] == (
+            [] if not quantizer.learned else ["scale", "zero_point"] if quantizer.rule.learns_zero_point else ["scale"]
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"])
 def test_copies_are_equal_and_apart(copied, method):
-    quantizer = FakeQuantize(TENSOR, observer="mse", learned=method == "lsq")
+    quantizer = FakeQuantize(TENSOR, observer="mse", rule=METHODS[method].rule(False, METHODS[method].options))
     quantizer.observing = quantizer.quantizing = True
     x = torch.randn(50)
     quantizer(x)
@@ -308,8 +311,8 @@ def test_copies_are_equal_and_apart(copied, method):
     ids=spec_id,
 )
 def test_the_inputs_dtype_comes_out(spec, dtype):
-    for learned in (False, True):
-        quantizer = FakeQuantize(spec, learned=learned)
+    for method in METHODS.values():
+        quantizer = FakeQuantize(spec, rule=method.rule(False, method.options))
         x = torch.randn(4, 9, dtype=dtype)
         quantizer.observing = True
         quantizer(x)
@@ -321,7 +324,7 @@ def test_the_inputs_dtype_comes_out(spec, dtype):
 
 
 def test_a_learned_activation_learns():
-    quantizer = FakeQuantize(QuantSpec(4, symmetric=False, granularity="tensor"), learned=True)
+    quantizer = FakeQuantize(QuantSpec(4, symmetric=False, granularity="tensor"), rule=METHODS["lsq"].activation)
     x = torch.randn(16, 8)
     quantizer.observing = quantizer.quantizing = True
     quantizer(x)
@@ -337,5 +340,5 @@ def test_a_learned_activation_learns():
 
 
 def test_a_symmetric_learned_zero_point_is_no_parameter():
-    quantizer = FakeQuantize(QuantSpec(4, granularity="tensor"), learned=True)
+    quantizer = FakeQuantize(QuantSpec(4, granularity="tensor"), rule=METHODS["lsq"].activation)
     assert [name for name, _ in quantizer.named_parameters()] == ["scale"]

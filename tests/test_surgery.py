@@ -187,8 +187,8 @@ def test_a_recipe_that_quantizes_nothing_raises(build, recipe, told):
 
 def test_an_unknown_method_lists_the_valid_ones():
     model = mlp()
-    with pytest.raises(ValueError, match=r"'dorefa'.*ste, lsq"):
-        prepare(model, "w8a16", method="dorefa")
+    with pytest.raises(ValueError, match=r"'adaround'.*ste, lsq"):
+        prepare(model, "w8a16", method="adaround")
     assert not is_prepared(model)
 
 

@@ -29,37 +29,29 @@ from lightning_quant.calibration import (
     share_ranges,
 )
 from lightning_quant.companions import (
+    When,
     averaged_models,
     check_callbacks,
+    check_learning,
     check_strategy,
+    check_when,
     configure,
+    list_late,
     progress,
     re_estimates_norms,
     restart_monitors,
     total_steps,
 )
-from lightning_quant.fake_quant import METHODS
 from lightning_quant.loop import example_call
-from lightning_quant.nn import FakeModule, lookup
+from lightning_quant.methods import get_method, resolve_options
+from lightning_quant.nn import lookup
 from lightning_quant.nn.base import described_modules
+from lightning_quant.oscillation import Freezing, add_terms, rising
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
+from lightning_quant.scale_groups import ScaleGroups
 from lightning_quant.sharding import is_sharded
 from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms, widen_optimizer_state
-
-When = int | float | None
-
-_MADE_LATE = "made after preparation (in the module's setup?); build layers in __init__ or configure_model"
-
-
-def _check_when(name: str, value: When) -> When:
-    """A time is an epoch (int) or a fraction of the training (float in 0..1)."""
-    good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-    if not good and not (isinstance(value, float) and 0.0 <= value <= 1.0):
-        raise MisconfigurationException(
-            f"QATCallback {name}={value!r}: give an epoch (int, from 0), a fraction of the training (float in 0..1), or None"
-        )
-    return value
 
 
 class QATCallback(L.Callback):
@@ -71,10 +63,18 @@ class QATCallback(L.Callback):
 
     Args:
         recipe: what to quantize: a preset's name, a YAML path, a dict or a Recipe.
-        method: `"ste"`: ranges are observed; `"lsq"`: scales (and zero points) learn, initialised from the observer.
+        method: `"ste"`: ranges are observed. `"lsq"`, `"lsq+"`, `"ewgs"`, `"ternary"`: scales (and zero points) learn, initialised
+            from the observer; `"pact"`: those of activations; `"dorefa"`: weights pass a tanh. See docs/qat.md.
+        method_options: the method's own: `delta` of `"ewgs"`, `regularization` of `"pact"`.
         quantize_from: when fake quantization starts; before, observers watch the float model.
         freeze_observers_at: when ranges stop moving (learned scales go on learning).
         freeze_bn_at: when BatchNorm statistics stop moving.
+        scale_lr: the rate of learned scales and zero points, as a factor of their optimizer group's; they get groups of their own,
+            without weight decay, after `configure_optimizers`. None: no such groups. Adam undoes LSQ's gradient scale: try 0.1.
+        oscillation: for weights that jump between two codes (arXiv:2203.11086): `"freeze"` holds those that do it often, `"dampen"`
+            draws all weights to the middle of their codes.
+        oscillation_threshold: of `"freeze"`: the share of steps that jump back, at the end of the training; 4 times that at first.
+        oscillation_strength: of `"dampen"`: the factor of the squared distances in the loss, at the end; 0 at first.
         restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
             paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never
             be reached again. Files already written stay.
@@ -95,15 +95,22 @@ class QATCallback(L.Callback):
         self,
         recipe: str | dict[str, Any] | Recipe = "w8a8",
         *,
-        method: Literal["ste", "lsq"] = "ste",
+        method: Literal["ste", "lsq", "lsq+", "ewgs", "pact", "dorefa", "ternary"] = "ste",
+        method_options: dict[str, float] | None = None,
         quantize_from: int | float = 0,
         freeze_observers_at: int | float | None = None,
         freeze_bn_at: int | float | None = None,
+        scale_lr: float | None = None,
+        oscillation: Literal["freeze", "dampen"] | None = None,
+        oscillation_threshold: float = 0.01,
+        oscillation_strength: float = 1e-3,
         restart_monitors: bool = True,
     ) -> None:
         super().__init__()
-        if method not in METHODS:
-            raise MisconfigurationException(f"QATCallback method={method!r}: valid are {', '.join(METHODS)}")
+        try:
+            self.method_options = resolve_options(method, method_options)
+        except ValueError as error:
+            raise MisconfigurationException(f"QATCallback {error}") from None
         self.recipe = as_recipe(recipe)
         if self.recipe.algorithms:
             raise MisconfigurationException(
@@ -111,11 +118,13 @@ class QATCallback(L.Callback):
                 f"use the recipe with lq.quantize"
             )
         self.method = method
-        self.quantize_from = _check_when("quantize_from", quantize_from)
+        self.quantize_from = check_when("quantize_from", quantize_from)
         if quantize_from is None:
             raise MisconfigurationException("QATCallback quantize_from=None: then nothing would be quantized; 0 starts at once")
-        self.freeze_observers_at = _check_when("freeze_observers_at", freeze_observers_at)
-        self.freeze_bn_at = _check_when("freeze_bn_at", freeze_bn_at)
+        self.freeze_observers_at = check_when("freeze_observers_at", freeze_observers_at)
+        self.freeze_bn_at = check_when("freeze_bn_at", freeze_bn_at)
+        check_learning(method, scale_lr, oscillation, oscillation_threshold, oscillation_strength)
+        self.scale_lr, self.oscillation, self.oscillation_strength = scale_lr, oscillation, oscillation_strength
         self.restart_monitors = restart_monitors
         self._started = False  # whether fake quantization has started; a resumed run must know
         self._following = True  # whether ranges of weights still follow the weights
@@ -126,11 +135,19 @@ class QATCallback(L.Callback):
         self._handles: list[RemovableHandle] = []
         self._unreached: set[str] = set()  # activations that a warning has named
         self._total_steps = 0.0
+        self._groups: ScaleGroups | None = None
+        self._freezing = Freezing(oscillation_threshold)
+        self._counted = 0  # optimizer steps whose oscillations were counted
 
     # --- preparation ---
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer, pl_module)
+        if self.oscillation is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"QATCallback oscillation={self.oscillation!r}: under {type(trainer.strategy).__name__} no rank has whole weights: "
+                f"leave it out, or use strategy='ddp'"
+            )
         if is_packed(pl_module):
             return
         if stage == "fit":
@@ -150,8 +167,8 @@ class QATCallback(L.Callback):
             configure(trainer, pl_module, type(self).__name__)
         plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
         self._check_observed(plan)
-        apply_plan(pl_module, plan, method=self.method)
-        self._started = False  # another model's training may have set it
+        apply_plan(pl_module, plan, method=self.method, method_options=self.method_options)
+        self._started, self._freezing.tracks = False, {}  # another model's training may have set them
 
     def _check_prepared(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """After a configure_model that this callback has left to Lightning."""
@@ -175,10 +192,12 @@ class QATCallback(L.Callback):
 
     def _check_same(self, module: nn.Module) -> None:
         info = get_info(module)
-        if info is not None and (info.recipe != self.recipe or info.method != self.method):
+        mine = (self.recipe, self.method, self.method_options)
+        if info is not None and (info.recipe, info.method, info.method_options) != mine:
             raise MisconfigurationException(
                 "the model was prepared with another recipe or method than this QATCallback's: use that one again, or start from "
-                f"the float model. Prepared: {info.method}, {info.recipe}; this callback: {self.method}, {self.recipe}"
+                f"the float model. Prepared: {info.method} {info.method_options}, {info.recipe}; this callback: {self.method} "
+                f"{self.method_options}, {self.recipe}"
             )
 
     def _check_times(self, trainer: L.Trainer) -> None:
@@ -244,33 +263,26 @@ class QATCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
-        self._list_late(pl_module)
+        list_late(pl_module)
+        if self.scale_lr is not None and not is_packed(pl_module):
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            try:
+                self._groups = ScaleGroups(pl_module, trainer.optimizers, schedulers, self.scale_lr)
+            except ValueError as error:
+                raise MisconfigurationException(f"QATCallback {error}") from None
         if self._float_checkpoint:
             # their states are restored after this hook
             for optimizer in trainer.optimizers:
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(partial(widen_optimizer_state, pl_module)))
-
-    def _list_late(self, module: L.LightningModule) -> None:
-        """Layers that the module's own setup() made, after preparation, are in float: say so."""
-        info = get_info(module)
-        if info is None or is_packed(module):
-            return
-        late = [
-            name
-            for name, part in module.named_modules()
-            if lookup(type(part)) is not None and not isinstance(part, FakeModule) and name not in info.skipped
-            if not (has_adapter(module) and ".lora_" in name)
-        ]
-        for name in late:
-            info.skipped[name] = _MADE_LATE
-        if late:
-            rank_zero_warn(f"QATCallback: {', '.join(late)} stay in float: {_MADE_LATE}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         relink_norms(pl_module)
         link_ranks(pl_module, has_ranks())
         for handle in self._handles:
             handle.remove()
+        if self._groups is not None and self._float_checkpoint:
+            self._groups.restore()
+        self._groups, self._counted = None, trainer.global_step
         self._handles, self._float_checkpoint = [], False
         self._frozen = []
         self._waits = is_sharded(pl_module)
@@ -290,6 +302,9 @@ class QATCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             share_norms(pl_module)  # DDP does; quantized weights depend on them, and checkpoints hold one rank's
+        if self.oscillation == "freeze" and self._started and trainer.global_step != self._counted:
+            self._counted = trainer.global_step
+            self._freezing.step(pl_module, progress(trainer, self._total_steps))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
@@ -318,6 +333,8 @@ class QATCallback(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if has_ranks() and self._phase is not None and not self._phase[0]:
             drop_linked_gradients(pl_module)
+        done = progress(trainer, self._total_steps)
+        add_terms(pl_module, optimizer, rising(self.oscillation_strength, done) if self.oscillation == "dampen" else 0.0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(pl_module)
@@ -347,15 +364,22 @@ class QATCallback(L.Callback):
         """What the run was made with: primitives only, for `weights_only` loading."""
         times = {name: getattr(self, name) for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at")}
         flags = {"started": self._started, "following": self._following}
-        return {"recipe": self.recipe.to_dict(), "method": self.method, **flags, **times}
+        training = {"scale_lr": self.scale_lr, "oscillation": self.oscillation, "tracks": self._freezing.state_dict()}
+        made = {"recipe": self.recipe.to_dict(), "method": self.method, "method_options": self.method_options}
+        return {**made, **flags, **times, **training}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._follow(trainer, pl_module)  # an averaging callback's own hook comes next
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A float run's optimizers know no learned scales; and `ModelParallelStrategy` reads no flags from a single file."""
-        self._float_checkpoint = not described_modules(checkpoint.get("state_dict", {}), "fake") and self.method == "lsq"
+        self._float_checkpoint = not described_modules(checkpoint.get("state_dict", {}), "fake") and get_method(self.method).learns
         state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None and not self._float_checkpoint and (state["scale_lr"] is None) != (self.scale_lr is None):
+            raise MisconfigurationException(
+                f"QATCallback scale_lr={self.scale_lr}: the checkpoint was made with {state['scale_lr']}, its optimizers have "
+                f"other groups; take the same, or load weights only (lq.load_from_checkpoint)"
+            )
         if state is None or not isinstance(trainer.strategy, ModelParallelStrategy):
             return
         for quantizer in quantizers(pl_module):
@@ -365,3 +389,4 @@ class QATCallback(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._started = state_dict["started"]
+        self._freezing.load_state_dict(state_dict["tracks"])

@@ -164,10 +164,7 @@ class FakeMultiheadAttention(_Attention, FakeModule):
             packed.copy_float(self)
             for name in _PROJECTIONS:
                 part, bias = getattr(packed, name), self._bias(name)
-                quantizer = getattr(self, f"{name}_weight_fake_quant")
-                if not quantizer.has_range:
-                    quantizer.observe(self.get_weight(f"{name}_weight"))
-                part.put_weight("weight", self.get_weight(f"{name}_weight").float(), *quantizer.qparams(), 0)
+                part.put_weight("weight", *self.weight_on_grid(f"{name}_weight"), 0)
                 activation = getattr(self, f"{name}_fake_quant")
                 if activation is not None and not activation.spec.dynamic:
                     part.put_activation("input", *activation.qparams())

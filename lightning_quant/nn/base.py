@@ -32,6 +32,7 @@ class Setup:
     scheme: QuantScheme
     name: str = ""
     method: str = "ste"
+    method_options: dict[str, float] = field(default_factory=dict)
     observer: str = "minmax"
     observer_options: dict[str, Any] = field(default_factory=dict)
     weight_observer: str = "minmax"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.methods import get_method
 from lightning_quant.nn.base import QuantizedModule, Setup
 from lightning_quant.nn.packed import PackedModule
 from lightning_quant.sharding import whole_parameters
@@ -36,7 +37,7 @@ class FakeModule(QuantizedModule):
         self.setup, self.scheme, self.folded_norm, self.adapter = setup, setup.scheme, [], []
         self.register_parameter("pre_scale", None)
         assert setup.scheme.weight is not None
-        learned = setup.method == "lsq"
+        method = get_method(setup.method)
         device = next(iter(self.parameters())).device
         for name, axis in self.weight_axes(self).items():
             quantizer = FakeQuantize(
@@ -46,7 +47,7 @@ class FakeModule(QuantizedModule):
                 name=f"{setup.name}.{name}",
                 observer=setup.weight_observer,
                 observer_options=setup.weight_observer_options,
-                learned=learned,
+                rule=method.rule(True, setup.method_options),
                 device=device,
             )
             self.add_module(f"{name}_fake_quant", quantizer)
@@ -61,7 +62,7 @@ class FakeModule(QuantizedModule):
                 name=f"{setup.name}.{name}",
                 observer=setup.observer,
                 observer_options=setup.observer_options,
-                learned=learned,
+                rule=method.rule(False, setup.method_options),
                 device=device,
             )
             self.add_module(f"{name}_fake_quant", quantizer)
@@ -71,13 +72,23 @@ class FakeModule(QuantizedModule):
         weight = getattr(self, name)
         return weight + self.adapter[0].get_delta_weight("default").to(weight.dtype) if self.adapter else weight
 
+    def transformed_weight(self, name: str) -> Tensor:
+        """The float weight of that name as its method transforms it, before any fold."""
+        quantizer = getattr(self, f"{name}_fake_quant")
+        transform, weight = quantizer.rule.transform, self.get_weight(name)
+        return weight if transform is None or not quantizer.spec.is_int else transform(weight)
+
     def effective_weight(self, name: str, exact: bool = False) -> Tensor:
-        """The float weight that is quantized: with its BatchNorm folded in, if it has one.
+        """The float weight that is quantized: transformed by its method, and with its BatchNorm folded in, if it has one.
 
         Args:
             exact: fold channels of scale 0 too; in training they keep their weight, so that they can come back.
         """
-        return self.get_weight(name)
+        return self.transformed_weight(name)
+
+    def latent_weight(self, name: str, effective: Tensor) -> Tensor:
+        """The inverse of `effective_weight`, where no method transforms weights."""
+        return effective
 
     def packed_scale(self, name: str, scale: Tensor) -> Tensor:
         """The scale that the packed module keeps, from the one that made the codes."""
@@ -126,6 +137,18 @@ class FakeModule(QuantizedModule):
             with whole_parameters(self, *self.folded_norm):
                 getattr(self, f"{name}_fake_quant").observe(self.effective_weight(name))
 
+    @torch.no_grad()
+    def weight_on_grid(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The float32 weight that is rounded now, within the codes in use, its scale and its zero point."""
+        quantizer = getattr(self, f"{name}_fake_quant")
+        if quantizer.observing and not quantizer.learned:
+            scale, zero_point = quantizer.measure(self.effective_weight(name))  # as the next forward pass would
+        else:
+            if not quantizer.has_range:
+                quantizer.observe(self.effective_weight(name))
+            scale, zero_point = quantizer.qparams()
+        return quantizer.clip(self.effective_weight(name, exact=True).float()), scale, zero_point
+
     def to_packed(self, built: dict[int, nn.Module] | None = None) -> PackedModule:
         """The packed module that computes what this one does in eval. Raises RuntimeError naming a tensor without a range.
 
@@ -135,14 +158,8 @@ class FakeModule(QuantizedModule):
         packed = self.packed_type.empty(self, self.scheme)
         with torch.no_grad():
             for name, axis in self.weight_axes(self).items():
-                quantizer = getattr(self, f"{name}_fake_quant")
-                if quantizer.observing and not quantizer.learned:
-                    scale, zero_point = quantizer.measure(self.effective_weight(name))  # as the next forward pass would
-                else:
-                    if not quantizer.has_range:
-                        quantizer.observe(self.effective_weight(name))
-                    scale, zero_point = quantizer.qparams()
-                packed.put_weight(name, self.effective_weight(name, exact=True).float(), scale, zero_point, axis)
+                exact, scale, zero_point = self.weight_on_grid(name)
+                packed.put_weight(name, exact, scale, zero_point, axis)
                 packed.put_scale(name, self.packed_scale(name, scale))
             for name in (*self.input_names, "output"):
                 quantizer = getattr(self, f"{name}_fake_quant")

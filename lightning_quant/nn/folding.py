@@ -91,13 +91,22 @@ class FoldableModule(FakeModule):
         return torch.where(norm_scale(self.norm) < 0, -1.0, 1.0)
 
     def effective_weight(self, name: str, exact: bool = False) -> Tensor:
-        weight = self.get_weight(name)
+        weight = self.transformed_weight(name)
         if self.norm is None:
             return weight
         if self.commutes:
             return self._scaled(weight, self._sign())
+        return self._scaled(weight, norm_scale(self.norm) if exact else self._usable_scale())
+
+    def latent_weight(self, name: str, effective: Tensor) -> Tensor:
+        if self.norm is None:
+            return effective
+        return self._scaled(effective, self._sign() if self.commutes else 1.0 / self._usable_scale())
+
+    def _usable_scale(self) -> Tensor:
+        assert self.norm is not None
         scale = norm_scale(self.norm)
-        return self._scaled(weight, scale if exact else torch.where(scale.abs() < TINY_SCALE, 1.0, scale))
+        return torch.where(scale.abs() < TINY_SCALE, 1.0, scale)
 
     def packed_scale(self, name: str, scale: Tensor) -> Tensor:
         if self.norm is None or not self.commutes:
@@ -116,11 +125,9 @@ class FoldableModule(FakeModule):
 
     def _unscale(self, out: Tensor, bias: Tensor | None) -> Tensor:
         """Undo the folded scale on the output and add the bias."""
-        assert self.norm is not None
-        scale = norm_scale(self.norm)
         shape = [1] * out.dim()
         shape[self.output_axis] = -1
-        out = out / torch.where(scale.abs() < TINY_SCALE, 1.0, scale).to(out.dtype).view(shape)
+        out = out / self._usable_scale().to(out.dtype).view(shape)
         return out if bias is None else out + bias.to(out.dtype).view(shape)
 
     def _fill(self, packed: PackedModule) -> None:

@@ -38,8 +38,9 @@ class Noisy(Dataset):
 
 
 class Model(L.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, grouped: bool = True) -> None:
         super().__init__()
+        self.grouped = grouped
         self.net = nn.Sequential(
             nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
         )
@@ -55,7 +56,8 @@ class Model(L.LightningModule):
         self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(lq.param_groups(self, lr=5e-3, scale_lr=5e-4, weight_decay=0.01))
+        groups = lq.param_groups(self, lr=5e-3, scale_lr=5e-4, weight_decay=0.01) if self.grouped else self.parameters()
+        optimizer = torch.optim.AdamW(groups, 5e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * BATCHES // ACCUMULATE)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -83,10 +85,20 @@ class Kill(L.Callback):
         self._kill("save", trainer, trainer.fit_loop.epoch_loop.batch_idx)
 
 
-def fit(folder: str, method: str, recipe: Any, mode: str, kill: Any = None, resume: str | None = None, seed: int = 0) -> None:
+def fit(
+    folder: str,
+    method: str,
+    recipe: Any,
+    mode: str,
+    options: Any = None,
+    kill: Any = None,
+    resume: str | None = None,
+    seed: int = 0,
+) -> None:
     """Train to the end and save `final.ckpt`.
 
     Args:
+        options: more of `QATCallback`'s; with `scale_lr` the optimizer has one group.
         mode: "epoch": a plain DataLoader, checkpoints after each epoch's validation; "step": a stateful one, without
             validation, and a checkpoint at every third optimizer step but one.
     """
@@ -95,7 +107,7 @@ def fit(folder: str, method: str, recipe: Any, mode: str, kill: Any = None, resu
     loader = (StatefulDataLoader if mode == "step" else DataLoader)(Noisy(), 4, shuffle=True)
     every: dict[str, Any] = {"every_n_train_steps": 2} if mode == "step" else {}
     callbacks: list[L.Callback] = [
-        lq.QATCallback(recipe, method=method, quantize_from=1, freeze_observers_at=2, freeze_bn_at=0.8),
+        lq.QATCallback(recipe, method=method, quantize_from=1, freeze_observers_at=2, freeze_bn_at=0.8, **(options or {})),
         lq.RandomStateCallback(),
         ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **every),
     ]
@@ -114,7 +126,9 @@ def fit(folder: str, method: str, recipe: Any, mode: str, kill: Any = None, resu
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Model(), loader, DataLoader(Noisy(), 4), ckpt_path=resume, weights_only=True)
+    trainer.fit(
+        Model(grouped="scale_lr" not in (options or {})), loader, DataLoader(Noisy(), 4), ckpt_path=resume, weights_only=True
+    )
     trainer.save_checkpoint(os.path.join(folder, "final.ckpt"))
 
 

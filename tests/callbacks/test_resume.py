@@ -20,6 +20,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ste": {"method": "ste", "recipe": "w8a8"},
     "lsq": {"method": "lsq", "recipe": "w4a4"},
     "histogram": {"method": "ste", "recipe": {"scheme": "w4a4", "observer": "mse", "edges": None}},
+    "freeze": {
+        "method": "ewgs",
+        "recipe": "w3a3",
+        "options": {"scale_lr": 0.1, "oscillation": "freeze", "oscillation_threshold": 1e-3},
+    },
+    "dampen": {
+        "method": "lsq+",
+        "recipe": "w3a3",
+        "options": {"scale_lr": 0.1, "oscillation": "dampen", "oscillation_strength": 0.1},
+    },
+    "pact": {"method": "pact", "recipe": "w4a4", "options": {"scale_lr": 0.5, "method_options": {"regularization": 0.1}}},
 }
 # (epoch, batch, place): float in epoch 0, quantizing from 1, observers frozen from 2, BatchNorm from 0.8 of it all, in epoch 3
 KILLS: dict[str, tuple[str, tuple[int, int, str]]] = {
@@ -34,7 +45,13 @@ KILLS: dict[str, tuple[str, tuple[int, int, str]]] = {
     "norms-frozen-mid-epoch": ("step", (3, 5, "start")),
     "norms-frozen-in-validation": ("epoch", (3, 0, "validation")),
 }
-QUICK = {("lsq", "quantizing-mid-epoch"), ("ste", "norms-frozen-mid-epoch"), ("histogram", "first-quantized-batch")}
+QUICK = {
+    ("freeze", "observers-frozen-mid-epoch"),
+    ("dampen", "quantizing-mid-epoch"),
+    ("lsq", "quantizing-mid-epoch"),
+    ("ste", "norms-frozen-mid-epoch"),
+    ("histogram", "first-quantized-batch"),
+}
 
 
 def run(**options: Any) -> int:
@@ -110,3 +127,6 @@ def test_a_killed_run_ends_like_the_one_that_lived(setting: str, point: str, unb
         if not name.startswith("ModelCheckpoint"):
             assert differences(end["callbacks"][name], state) == [], name
     assert len(expected_end["state_dict"]) > 20
+    tracks = end["callbacks"]["QATCallback"]["tracks"].values()
+    assert bool(tracks) == (setting == "freeze")
+    assert not tracks or sum(int(track["frozen"].sum()) for track in tracks) > 0

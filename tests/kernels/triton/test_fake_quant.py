@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.fake_quant import FakeQuantize, fake_quantize, lsq_fake_quantize
+from lightning_quant.methods import METHODS
 from lightning_quant.numerics import calc_qparams, qparams_shape, to_groups
 from lightning_quant.spec import QuantSpec
 from tests.helpers import spec_id
@@ -118,7 +119,7 @@ def test_a_quantizer_trains_as_without(learned, monkeypatch):
     weight = torch.randn(6, 40)
     for backend in ("reference", "triton"):
         monkeypatch.setenv("LQ_BACKEND", backend)
-        quantizer = FakeQuantize(spec, weight.shape, axis=0, learned=learned)
+        quantizer = FakeQuantize(spec, weight.shape, axis=0, rule=METHODS["lsq" if learned else "ste"].weight)
         quantizer.observe(weight)
         quantizer.observing = not learned
         quantizer.quantizing = True

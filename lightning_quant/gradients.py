@@ -1,0 +1,253 @@
+"""How quantized tensors learn beyond STE and LSQ: small functions on tensors, each with its paper's section."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.numerics import MIN_SCALE, from_groups, qrange, to_groups
+from lightning_quant.spec import QuantSpec
+
+# (x, scale, zero point, spec, axis, elements) -> x on its grid, differentiable by x, scale and zero point
+Fake = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a method does to one kind of tensor, weights or activations.
+
+    Args:
+        fake: fake quantization whose scale is a parameter, called with `(x, scale, zero_point, spec, axis, elements)`; None:
+            ranges are observed, with the straight-through estimator.
+        learns_zero_point: whether the zero point of an asymmetric grid is a parameter, too.
+        transform: of the float weight, before it is quantized; what it gives is also what is packed.
+        codes: the smallest and the largest code in use.
+        regularization: lambda of an L2 term on the largest magnitude of the range, `lambda * alpha ** 2`.
+        observer: where learned scales below 8 bits start from, unless the recipe says.
+    """
+
+    fake: Fake | None = None
+    learns_zero_point: bool = True
+    transform: Callable[[Tensor], Tensor] | None = None
+    codes: Callable[[QuantSpec], tuple[int, int]] = qrange
+    regularization: float = 0.0
+    observer: str = "mse"
+
+
+# observed ranges, and the straight-through estimator
+PLAIN = Rule()
+
+
+def _to_rows(x: Tensor, spec: QuantSpec, axis: int, *qparams: Tensor) -> tuple[Tensor, ...]:
+    """Float32 values beside scales (and zero points) that broadcast to them; per tensor nothing is reshaped."""
+    whole = spec.granularity == "tensor"
+    rows = x.float() if whole else to_groups(x.float(), spec, axis)
+    return rows, *(value.float().reshape((1,) if whole else (-1, 1)) for value in qparams)
+
+
+def _from_rows(rows: Tensor, x: Tensor, spec: QuantSpec, axis: int) -> Tensor:
+    return (rows if spec.granularity == "tensor" else from_groups(rows, x.shape, spec, axis)).to(x.dtype)
+
+
+def gradient_factor(x: Tensor, spec: QuantSpec, axis: int, elements: int | None, qmax: int) -> float:
+    """`1 / sqrt(n * q_max)` (LSQ, section 2.2), with n the elements that share a scale."""
+    n = elements or (x.numel() if spec.granularity == "tensor" else spec.group_size or x.numel() // max(x.shape[axis], 1))
+    return 1.0 / math.sqrt(max(n * qmax, 1))
+
+
+# --- EWGS -------------------------------------------------------------------------------------------------------------
+
+
+class _Elementwise(torch.autograd.Function):
+    """The identity in front of a quantizer; its backward turns the quantizer's straight-through gradient into EWGS's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, delta: float, factor: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.delta, ctx.factor = delta, factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        ratio = x * (1.0 / scale)
+        # the quantizer has set the gradient to 0 outside the range
+        more = (ratio - ratio.round()).mul_(grads[0].abs()).mul_(ctx.delta)
+        by_scale = (more * ratio).sum_to_size(scale.shape).mul_(-ctx.factor) if ctx.needs_input_grad[1] else None
+        return more.add_(grads[0]), by_scale, None, None
+
+
+def scale_elementwise(
+    x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None, *, delta: float
+) -> Tensor:
+    """Element-wise gradient scaling (Lee et al. 2021, arXiv:2104.00903, equation 4): the identity, in front of a quantizer.
+
+    The gradient g of the rounded value becomes `g * (1 + delta * sign(g) * e)` at the value before rounding, with e its rounding
+    error in codes: an element is pushed harder where the step that g asks for crosses to another code sooner.
+
+    Args:
+        x: float, any shape.
+        scale: float32 in the shape of `qparams_shape`.
+        axis, elements: as in `lsq_fake_quantize`.
+        delta: fixed; in units of codes, so that 2 stops an element half a code beyond.
+
+    Returns:
+        `x`.
+
+    Example:
+        >>> x = torch.tensor([0.4, 0.4], requires_grad=True)
+        >>> y = scale_elementwise(x, torch.ones(1), QuantSpec(4, granularity="tensor"), delta=0.5)
+        >>> (y * torch.tensor([1.0, -1.0])).sum().backward()
+        >>> x.grad
+        tensor([ 1.2000, -0.8000])
+    """
+    rows, step = _to_rows(x, spec, axis, scale)
+    factor = gradient_factor(x, spec, axis, elements, qrange(spec)[1])
+    return _from_rows(_Elementwise.apply(rows, step, delta, factor), x, spec, axis)
+
+
+# --- PACT -------------------------------------------------------------------------------------------------------------
+
+
+class _Pact(torch.autograd.Function):
+    """Clip to a learned level, then round with the straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.limits = qmin, qmax
+        return ((x * (1.0 / scale)).round_().add_(zero_point).clamp_(qmin, qmax) - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        low, high = (limit - zero_point for limit in ctx.limits)
+        ratio, grad = x * (1.0 / scale), grads[0]
+        below, above = ratio < low, ratio > high
+        by_scale = None
+        if ctx.needs_input_grad[1]:
+            largest = torch.maximum(high, -low)  # alpha = largest * scale; a step of SGD moves alpha by the rate times its gradient
+            slope = torch.where(above, high, 0.0) + torch.where(below, low, 0.0)
+            by_scale = (grad * slope).sum_to_size(scale.shape) / largest.square()
+        return grad * ~(below | above), by_scale, None, None, None
+
+
+def pact_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None
+) -> Tensor:
+    """A learned clipping level alpha (Choi et al. 2018, arXiv:1805.06085, section 3): its gradient is 1 where x is clipped, else 0.
+
+    The range stays what the observer found in shape: [0, alpha] behind a ReLU, as in the paper; with a zero point inside, both ends
+    are clipped, in proportion. alpha is the end farther from 0: codes times `scale`, which is the parameter; its gradient is such
+    that under SGD alpha moves as if it were.
+
+    Args:
+        x: float, any shape.
+        scale, zero_point: in the shape of `qparams_shape`; the zero point is fixed.
+
+    Example:
+        >>> scale = torch.tensor([0.2], requires_grad=True)
+        >>> spec = QuantSpec(4, signed=False, symmetric=False, granularity="tensor")
+        >>> y = pact_fake_quantize(torch.tensor([-1.0, 1.0, 5.0]), scale, torch.tensor([0]), spec)
+        >>> y.sum().backward()
+        >>> y.tolist(), round(scale.grad.item() * 15, 4)  # alpha is 15 * 0.2
+        ([0.0, 1.0, 3.0], 1.0)
+    """
+    rows, step, offset = _to_rows(x, spec, axis, scale, zero_point)
+    return _from_rows(_Pact.apply(rows, step, offset, *qrange(spec)), x, spec, axis)
+
+
+# --- DoReFa -----------------------------------------------------------------------------------------------------------
+
+
+def tanh_weight(weight: Tensor) -> Tensor:
+    """DoReFa's weight (Zhou et al. 2016, arXiv:1606.06160, section 2.3): `tanh(w) / max|tanh(w)|`, times `max|w|`.
+
+    The factor keeps a trained model's weights in their range; it and the maximum take no gradient.
+
+    Example:
+        >>> tanh_weight(torch.tensor([-2.0, 0.5, 1.0]))
+        tensor([-2.0000,  0.9587,  1.5800])
+    """
+    if weight.numel() == 0:
+        return weight
+    bent = weight.float().tanh()
+    with torch.no_grad():
+        factor = weight.abs().amax().float() / bent.abs().amax().clamp(min=MIN_SCALE)
+    return (bent * factor).to(weight.dtype)
+
+
+# --- few levels -------------------------------------------------------------------------------------------------------
+
+
+def ternary_codes(spec: QuantSpec) -> tuple[int, int]:
+    """-1 to 1 of 2 bits; all codes of wider grids.
+
+    Example:
+        >>> ternary_codes(QuantSpec(2)), ternary_codes(QuantSpec(8))
+        ((-1, 1), (-128, 127))
+    """
+    return (-1, 1) if spec.is_int and spec.bits == 2 else qrange(spec)
+
+
+class _Limited(torch.autograd.Function):
+    """LSQ on a symmetric grid with fewer codes than its bits allow; x beyond the middle between codes counts as outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, limit: int, factor: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.limit, ctx.factor = limit, factor
+        return (x * (1.0 / scale)).round_().clamp_(-limit, limit) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        ratio, grad = x * (1.0 / scale), grads[0]
+        level = ratio.round()
+        inside = level.abs() <= ctx.limit
+        slope = level.clamp_(-ctx.limit, ctx.limit) - ratio * inside
+        return grad * inside, (grad * slope).sum_to_size(scale.shape) * ctx.factor, None, None
+
+
+def ternary_fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None) -> Tensor:
+    """Levels -1, 0, 1 times a learned scale (ParetoQ, Liu et al. 2025, arXiv:2502.02631, section 3.2).
+
+    The gradient by x passes within +-1.5 scales (its stretched range, of three thirds for three levels), the scale's is LSQ's.
+
+    Args:
+        x: float, any shape.
+        scale: float32 in the shape of `qparams_shape`; its gradient is multiplied as LSQ's.
+        spec: 2 bits, symmetric.
+
+    Example:
+        >>> ternary_fake_quantize(torch.tensor([-3.0, 0.2, 0.6]), torch.ones(1), QuantSpec(2, granularity="tensor"))
+        tensor([-1., 0., 1.])
+    """
+    rows, step = _to_rows(x, spec, axis, scale)
+    limit = ternary_codes(spec)[1]
+    factor = gradient_factor(x, spec, axis, elements, limit)
+    return _from_rows(_Limited.apply(rows, step, limit, factor), x, spec, axis)
+
+
+def refit_scale(rows: Tensor, scale: Tensor, low: int, high: int, steps: int = 20) -> Tensor:
+    """Scales with a smaller squared error, for codes in [low, high]: codes and scale are made best for each other by turns.
+
+    Args:
+        rows: `[n_scales, elements]`.
+        scale: `[n_scales]`, where to start.
+
+    Example:
+        >>> refit_scale(torch.tensor([[-1.0, -0.9, 0.1, 1.1]]), torch.tensor([0.7]), -1, 1)
+        tensor([1.])
+    """
+    values = rows.float()
+    for _ in range(steps):
+        codes = (values / scale[:, None]).round().clamp(low, high)
+        found = (values * codes).sum(1) / codes.square().sum(1).clamp(min=1)
+        scale = torch.where(found > 0, found, scale)
+    return scale
