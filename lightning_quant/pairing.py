@@ -15,8 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from lightning_quant.distillation import Pair
-from lightning_quant.fake_quant import FakeQuantize
-from lightning_quant.recipe import matches
 from lightning_quant.teacher import Teacher
 
 # --- modules and their outputs ----------------------------------------------------------------------------------------
@@ -45,25 +43,6 @@ def callable_parts(student: nn.Module) -> dict[str, nn.Module]:
             left += [(f"{name}.{key}", child) for key, child in part.named_children()]
         elif not isinstance(part, Metric) and next(part.parameters(), None) is not None:
             found[name] = part
-    return found
-
-
-def find_layers(student: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The names of modules that patterns, as of a `Recipe`, match.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    parts = [(name, part) for name, part in student.named_modules() if name and not isinstance(part, FakeQuantize)]
-    found: list[str] = []
-    for pattern in patterns:
-        mine = [name for name, part in parts if matches(pattern, name, [cls.__name__ for cls in type(part).__mro__])]
-        if not mine:
-            raise ValueError(
-                f"{pattern!r} names no module of {type(student).__name__}; it has {', '.join(name for name, _ in parts[:12])}"
-                f"{', ...' * (len(parts) > 12)}"
-            )
-        found += [name for name in mine if name not in found]
     return found
 
 

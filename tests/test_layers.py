@@ -32,7 +32,7 @@ ORDER = [
     *("activations", "layout", "blocks", "statistics", "outputs"),
     *("scaling", "algorithms.base", "algorithms.ranges", "algorithms.reconstruction"),
     *("algorithms.*", "algorithms", "qlora", "pretrained", "loftq", "export", "export.*", "adapters", "optimizers"),
-    *("compiling", "serialization", "report", "explain", "merging", "mixed", "allocate", "plots"),
+    *("compiling", "serialization", "report", "explain", "merging", "mixed", "allocate", "plots", "selection"),
     *("distillation", "distributions", "samples", "watching", "chance", "coverage"),
     *("passes", "work", "sequential", "preflight", "pipeline"),
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),

@@ -19,7 +19,8 @@ from lightning_quant.checkpoint import restore
 from lightning_quant.companions import configure
 from lightning_quant.distillation import LOSSES, Pair, pair_loss
 from lightning_quant.nn.base import described_modules
-from lightning_quant.pairing import Recorder, find_layers
+from lightning_quant.pairing import Recorder
+from lightning_quant.selection import find_modules
 from lightning_quant.surgery import is_packed, is_prepared
 from lightning_quant.teacher import Teacher, as_teacher
 
@@ -147,7 +148,7 @@ class DistillationCallback(L.Callback):
                 self._made, self._hash = (pl_module, self._make(trainer, pl_module)), None
             self._names = self._find_layers(pl_module)
             for name in self.output:
-                find_layers(pl_module, [name])
+                find_modules(pl_module, [name])
         except (ValueError, FileNotFoundError) as error:
             raise MisconfigurationException(f"DistillationCallback: {error}") from error
 
@@ -192,9 +193,9 @@ class DistillationCallback(L.Callback):
         if isinstance(self.layers, dict):
             found = dict(self.layers)
             for name in found:
-                find_layers(module, [name])
+                find_modules(module, [name])
         else:
-            for name in find_layers(module, self.layers):
+            for name in find_modules(module, self.layers):
                 found[name] = teacher.find(name) or name
         known = [name for name, _ in teacher.module.named_modules()]
         for name, theirs in found.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -40,10 +42,12 @@ from lightning_quant.companions import (
 )
 from lightning_quant.fake_quant import METHODS
 from lightning_quant.loop import example_call
+from lightning_quant.mixed import Sensitivity
 from lightning_quant.nn import FakeModule, lookup
 from lightning_quant.nn.base import described_modules
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
+from lightning_quant.selection import Selection
 from lightning_quant.sharding import is_sharded
 from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms, widen_optimizer_state
 
@@ -62,6 +66,15 @@ def _check_when(name: str, value: When) -> When:
     return value
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with `train` and `rest` is said as Lightning does."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(f"QATCallback {error}") from None
+
+
 class QATCallback(L.Callback):
     """Quantization-aware training (Jacob et al. 2018, arXiv:1712.05877, section 3) in any `Trainer`.
 
@@ -78,6 +91,10 @@ class QATCallback(L.Callback):
         restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
             paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never
             be reached again. Files already written stay.
+        train: patterns, as in a `Recipe`, of the modules that are trained, with all that is in them; or what `lq.sensitivity`
+            found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn. The rest is
+            frozen for the fit, BatchNorm statistics included. None: everything.
+        rest: `"quantized"`, or `"float"`: what of the rest the recipe would quantize stays in float.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
     `quant/bn_frozen` at each epoch, if the Trainer has a logger.
@@ -100,6 +117,8 @@ class QATCallback(L.Callback):
         freeze_observers_at: int | float | None = None,
         freeze_bn_at: int | float | None = None,
         restart_monitors: bool = True,
+        train: str | list[str] | Sensitivity | None = None,
+        rest: Literal["quantized", "float"] = "quantized",
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -117,6 +136,8 @@ class QATCallback(L.Callback):
         self.freeze_observers_at = _check_when("freeze_observers_at", freeze_observers_at)
         self.freeze_bn_at = _check_when("freeze_bn_at", freeze_bn_at)
         self.restart_monitors = restart_monitors
+        with _told():
+            self.selection = Selection(train, rest)
         self._started = False  # whether fake quantization has started; a resumed run must know
         self._following = True  # whether ranges of weights still follow the weights
         self._waits = False  # whether learned scales still wait for their first range
@@ -130,6 +151,16 @@ class QATCallback(L.Callback):
     # --- preparation ---
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._prepare(trainer, pl_module, stage)
+        if stage == "fit":
+            self._freeze(pl_module)  # before optimizers are made and DDP takes its parameters
+
+    def _freeze(self, module: L.LightningModule) -> None:
+        if is_prepared(module):
+            with _told():
+                self.selection.freeze(module)
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer, pl_module)
         if is_packed(pl_module):
             return
@@ -149,6 +180,8 @@ class QATCallback(L.Callback):
             # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
             configure(trainer, pl_module, type(self).__name__)
         plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
+        with _told():
+            plan = self.selection.cut(pl_module, plan)
         self._check_observed(plan)
         apply_plan(pl_module, plan, method=self.method)
         self._started = False  # another model's training may have set it
@@ -230,6 +263,7 @@ class QATCallback(L.Callback):
                 if isinstance(part, _BatchNorm) and part.training:
                     part.eval()
                     self._frozen.append(part)
+        self._frozen += self.selection.still()
 
     def _pause(self, module: L.LightningModule) -> None:
         """Observers off: what runs next is no training batch."""
@@ -244,6 +278,7 @@ class QATCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
+        self._freeze(pl_module)
         self._list_late(pl_module)
         if self._float_checkpoint:
             # their states are restored after this hook
@@ -333,6 +368,7 @@ class QATCallback(L.Callback):
     def _leave(self, module: L.LightningModule) -> None:
         link_ranks(module, False)
         self._thaw()
+        self.selection.release()
         self._phase = None
 
     def _thaw(self) -> None:
