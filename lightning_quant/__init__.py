@@ -3,7 +3,14 @@
 from lightning_quant.adapters import save_adapter
 from lightning_quant.allocate import allocate
 from lightning_quant.calibration_report import calibration_report
-from lightning_quant.callbacks import LoRACallback, PackedBaseCallback, QATCallback, QuantizationMonitor, RandomStateCallback
+from lightning_quant.callbacks import (
+    DistillationCallback,
+    LoRACallback,
+    PackedBaseCallback,
+    QATCallback,
+    QuantizationMonitor,
+    RandomStateCallback,
+)
 from lightning_quant.checkpoint import load_from_checkpoint
 from lightning_quant.compare import Comparison, compare
 from lightning_quant.compiling import compile

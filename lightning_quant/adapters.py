@@ -245,9 +245,19 @@ def _base(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of the base's weights, whatever adapters there are: SHA-256 over names, shapes, dtypes and bytes."""
+    """A hash of the base's weights, whatever adapters there are."""
+    return hash_tensors(dict(_base(module)))
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes.
+
+    Example:
+        >>> hash_tensors({"a": torch.zeros(2)})[:8]
+        '0f69f2b1'
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(_base(module)):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         flat = value.detach().contiguous().view(-1)
         if not flat.numel():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +86,26 @@ class Sensitivity:
         """The choices of each layer, the most sensitive layer first: by the largest of its costs."""
         found = by_layer(self.choices)
         return dict(sorted(found.items(), key=lambda item: -max(_badness(choice.cost) for choice in item[1])))
+
+    def worst(self, count: int | float) -> list[str]:
+        """The names of the most sensitive layers, as patterns for `QATCallback(train=...)`.
+
+        Args:
+            count: how many layers; or as a float in 0..1 the share of all costs that the fewest possible layers make up together.
+
+        Raises:
+            ValueError: a bad count.
+        """
+        whole = isinstance(count, int) and not isinstance(count, bool) and count > 0
+        if not whole and not (isinstance(count, float) and 0 < count <= 1):
+            raise ValueError(f"worst({count!r}): give a number of layers (int from 1), or a share of their costs (float in 0..1)")
+        layers = list(self.layers().values())
+        costs = [max(max(_badness(choice.cost), 0.0) for choice in choices) for choices in layers]
+        if not whole:
+            finite = [min(cost, sys.float_info.max / len(costs)) for cost in costs]
+            sums = list(accumulate(finite))
+            count = next(index for index, done in enumerate(sums, 1) if done >= count * sums[-1] * (1 - 1e-12))
+        return [name for choices in layers[: int(count)] for name in choices[0].schemes]
 
     def table(self, limit: int | None = None) -> str:
         """Rows of layer, recipe, weights, bits (scales included) and cost.

@@ -34,16 +34,29 @@ ORDER = [
     *("activations", "layout", "blocks", "statistics", "outputs"),
     *("scaling", "algorithms.base", "algorithms.ranges", "algorithms.reconstruction"),
     *("algorithms.*", "algorithms", "qlora", "pretrained", "loftq", "export", "export.*", "adapters", "optimizers"),
-    *("captured", "regions", "compiling", "serialization", "report", "explain", "merging", "mixed", "allocate", "plots"),
-    *("distributions", "samples", "watching", "chance", "coverage"),
+    *(
+        "captured",
+        "regions",
+        "compiling",
+        "serialization",
+        "report",
+        "explain",
+        "merging",
+        "mixed",
+        "allocate",
+        "plots",
+        "selection",
+    ),
+    *("distillation", "distributions", "samples", "watching", "chance", "coverage"),
     *("passes", "work", "sequential", "preflight", "pipeline"),
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
+    *("teacher", "pairing"),
     *("companions", "precision", "text", "callbacks.packed_base", "callbacks.*", "callbacks", "trainer"),
     *("cli", "__main__", ""),
 ]
 MAY_IMPORT_LIGHTNING = [
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
-    *("companions", "callbacks", "callbacks.*", "precision", "text", "trainer", "cli", ""),
+    *("teacher", "companions", "callbacks", "callbacks.*", "precision", "text", "trainer", "cli", ""),
 ]
 # imported only by who has what they need
 WHEN_USED = [

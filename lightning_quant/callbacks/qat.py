@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -44,14 +46,25 @@ from lightning_quant.companions import (
 )
 from lightning_quant.loop import example_call
 from lightning_quant.methods import get_method, resolve_options
+from lightning_quant.mixed import Sensitivity
 from lightning_quant.nn import lookup
 from lightning_quant.nn.base import described_modules
 from lightning_quant.oscillation import Freezing, add_terms, rising
 from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
 from lightning_quant.scale_groups import ScaleGroups
+from lightning_quant.selection import Selection
 from lightning_quant.sharding import is_sharded
 from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms, widen_optimizer_state
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with `train` and `rest` is said as Lightning does."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(f"QATCallback {error}") from None
 
 
 class QATCallback(L.Callback):
@@ -78,6 +91,10 @@ class QATCallback(L.Callback):
         restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
             paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never
             be reached again. Files already written stay.
+        train: patterns, as in a `Recipe`, of the modules that are trained, with all that is in them; or what `lq.sensitivity`
+            found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn. The rest is
+            frozen for the fit, BatchNorm statistics included. None: everything.
+        rest: `"quantized"`, or `"float"`: what of the rest the recipe would quantize stays in float.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
     `quant/bn_frozen` at each epoch, if the Trainer has a logger.
@@ -105,6 +122,8 @@ class QATCallback(L.Callback):
         oscillation_threshold: float = 0.01,
         oscillation_strength: float = 1e-3,
         restart_monitors: bool = True,
+        train: str | list[str] | Sensitivity | None = None,
+        rest: Literal["quantized", "float"] = "quantized",
     ) -> None:
         super().__init__()
         try:
@@ -126,6 +145,8 @@ class QATCallback(L.Callback):
         check_learning(method, scale_lr, oscillation, oscillation_threshold, oscillation_strength)
         self.scale_lr, self.oscillation, self.oscillation_strength = scale_lr, oscillation, oscillation_strength
         self.restart_monitors = restart_monitors
+        with _told():
+            self.selection = Selection(train, rest)
         self._started = False  # whether fake quantization has started; a resumed run must know
         self._following = True  # whether ranges of weights still follow the weights
         self._waits = False  # whether learned scales still wait for their first range
@@ -142,6 +163,16 @@ class QATCallback(L.Callback):
     # --- preparation ---
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._prepare(trainer, pl_module, stage)
+        if stage == "fit":
+            self._freeze(pl_module)  # before optimizers are made and DDP takes its parameters
+
+    def _freeze(self, module: L.LightningModule) -> None:
+        if is_prepared(module):
+            with _told():
+                self.selection.freeze(module)
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer, pl_module)
         if self.oscillation is not None and isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
@@ -166,6 +197,8 @@ class QATCallback(L.Callback):
             # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
             configure(trainer, pl_module, type(self).__name__)
         plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
+        with _told():
+            plan = self.selection.cut(pl_module, plan)
         self._check_observed(plan)
         apply_plan(pl_module, plan, method=self.method, method_options=self.method_options)
         self._started, self._freezing.tracks = False, {}  # another model's training may have set them
@@ -249,6 +282,7 @@ class QATCallback(L.Callback):
                 if isinstance(part, _BatchNorm) and part.training:
                     part.eval()
                     self._frozen.append(part)
+        self._frozen += self.selection.still()
 
     def _pause(self, module: L.LightningModule) -> None:
         """Observers off: what runs next is no training batch."""
@@ -263,6 +297,7 @@ class QATCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check_prepared(trainer, pl_module)
+        self._freeze(pl_module)
         list_late(pl_module)
         if self.scale_lr is not None and not is_packed(pl_module):
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -350,6 +385,7 @@ class QATCallback(L.Callback):
     def _leave(self, module: L.LightningModule) -> None:
         link_ranks(module, False)
         self._thaw()
+        self.selection.release()
         self._phase = None
 
     def _thaw(self) -> None:
