@@ -17,7 +17,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trap
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DLQ_TABLE=lq_avx2")
 _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
-    "-mprefer-vector-width=512",
+    *("-mprefer-vector-width=512", "-DLQ_TABLE=lq_avx512"),
 )
 
 
@@ -63,17 +63,17 @@ def build(out: str | Path, extra: tuple[str, ...] = ()) -> Path:
         BuildError: no compiler, or it failed; its messages are the error's.
     """
     out, cc = Path(out), compiler()
-    units: list[tuple[str, tuple[str, ...]]] = [("generic.c", ())]
+    units: list[tuple[str, tuple[str, ...]]] = [("generic.c", ()), ("fake_quant.c", ())]
     defines: tuple[str, ...] = ()
     if platform.machine().lower() in ("x86_64", "amd64"):
-        units += [("generic.c", _AVX2), ("avx512.c", _AVX512)]
+        units += [("generic.c", _AVX2), ("fake_quant.c", _AVX2), ("avx512.c", _AVX512), ("fake_quant.c", _AVX512)]
     else:
         defines = ("-DLQ_BASE_ONLY",)
     with tempfile.TemporaryDirectory() as folder:
         objects = []
         for number, (source, flags) in enumerate(units):
             target = f"{folder}/{number}.o"
-            if source == "avx512.c" and not _knows(cc, flags):
+            if flags is _AVX512 and not _knows(cc, flags):
                 defines = ("-DLQ_NO_AVX512",)
                 continue
             _run([*cc, *FLAGS, *flags, *extra, "-c", str(HERE / source), "-o", target])

@@ -142,3 +142,28 @@ void lq_quantize_tensor(
 ) {
   kernels()->quantize_tensor(x, dtype, count, scale, zero, low, high, out);
 }
+
+static const lq_fake_kernels *fake_kernels(void) {
+  if (level < 0) lq_use(AVX512);
+#if defined(__x86_64__) && !defined(LQ_BASE_ONLY)
+#ifndef LQ_NO_AVX512
+  if (level == AVX512) return &lq_avx512_fake;
+#endif
+  if (level == AVX2) return &lq_avx2_fake;
+#endif
+  return &lq_base_fake;
+}
+
+int32_t lq_fake_quantize(const lq_fake_args *args) {
+  return args->rows * args->columns ? fake_kernels()->quantize(args) : 0;
+}
+
+/* the gradient by x: where x is inside the range */
+void lq_fake_mask(const lq_fake_args *args) {
+  if (args->rows * args->columns) fake_kernels()->mask(args);
+}
+
+/* the gradients by x, scale and zero point, the last two unless NULL */
+int32_t lq_fake_learn(const lq_fake_args *args, float *by_scale, float *by_zero, float factor) {
+  return fake_kernels()->learn(args, by_scale, by_zero, factor);
+}
