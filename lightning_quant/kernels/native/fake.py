@@ -64,7 +64,7 @@ def takes(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dense tensor lies before the kernels: `rows` of `columns` in groups of `group`, scales repeating after `period` rows."""
+    """How a dense tensor lies before the kernels: `rows` of `columns` in groups of `group`; scales repeat after `period` rows."""
 
     spec: QuantSpec
     axis: int
