@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,21 @@ from lightning_quant.numerics import (
     dequantize_rows,
     dynamic_qparams,
     from_groups,
+    lsq_gradients,
     max_value,
     qparams_shape,
     qrange,
     quantize_rows,
     to_groups,
 )
-from lightning_quant.observers import make_observer
+from lightning_quant.observers import make_observer, plain_momentum
 from lightning_quant.sharding import is_managed, put, whole
 from lightning_quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from lightning_quant.kernels.native.fake import Layout
+
+T = TypeVar("T")
 
 
 class _RoundTrip(torch.autograd.Function):
@@ -70,19 +76,9 @@ class _LSQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        (qmin, qmax), grad = ctx.limits, grads[0]
-        offset = zero_point.round().clamp(qmin, qmax)
-        ratio = x * (1.0 / scale)
-        level = ratio.round().add_(offset)
-        inside = (level >= qmin) & (level <= qmax)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1]:
-            slope = level.clamp_(qmin, qmax).sub_(offset).sub_(ratio * inside)
-            grad_scale = (grad * slope).sum_to_size(scale.shape) * ctx.grad_factor
-        if ctx.needs_input_grad[2]:
-            grad_zero_point = (grad * ~inside * -scale).sum_to_size(zero_point.shape) * ctx.grad_factor
-        return grad_x, grad_scale, grad_zero_point, None, None, None
+        qmin, qmax = ctx.limits
+        found = lsq_gradients(grads[0], x, scale, zero_point, qmin, qmax, ctx.grad_factor, ctx.needs_input_grad[:3])
+        return *found, None, None, None
 
 
 def _fused(*tensors: Tensor) -> bool:
@@ -94,10 +90,19 @@ def _fused(*tensors: Tensor) -> bool:
     return fuses(*tensors)
 
 
+def _native(x: Tensor, spec: QuantSpec, axis: int) -> Layout | None:
+    """How `x` lies before the C library's kernels, if they take the call."""
+    if not spec.is_int or x.device.type != "cpu":
+        return None
+    from lightning_quant.kernels.native.fake import layout_of, takes
+
+    return layout_of(x, spec, axis) if takes(x) else None
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, axis: int = 0) -> Tensor:
     """Quantize and dequantize, with the straight-through estimator: the gradient is 1 inside the range and 0 outside.
 
-    Integers go through `torch.fake_quantize_per_*_affine`. Computed in float32, returned in `x`'s dtype.
+    Integers have the values of `torch.fake_quantize_per_*_affine`, to the bit. Computed in float32, returned in `x`'s dtype.
 
     Args:
         x: float, any shape.
@@ -115,6 +120,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec,
         from lightning_quant.kernels.triton.fake_quant import FusedFakeQuantize
 
         return FusedFakeQuantize.apply(x, scale.detach().float(), zero_point.detach(), spec, axis, 1.0)
+    layout = _native(x, spec, axis)
+    if layout is not None:
+        from lightning_quant.kernels import cpu_fake_quant
+
+        return cpu_fake_quant.fake_quantize(x, scale.float(), zero_point, layout)
     values = x.float()
     if not spec.is_int:
         rows = to_groups(values, spec, axis)
@@ -144,6 +154,11 @@ def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, axis: int = -1) -> Tensor:
         from lightning_quant.kernels.triton.quantize import TokenFakeQuantize
 
         return from_groups(TokenFakeQuantize.apply(to_groups(x, spec, axis), spec), x.shape, spec, axis)
+    layout = _native(x, spec, axis)
+    if layout is not None:
+        from lightning_quant.kernels import cpu_fake_quant
+
+        return cpu_fake_quant.dynamic_fake_quantize(x, layout)
     scale, zero_point = dynamic_qparams(x, spec, axis)
     rows = to_groups(x.float(), spec, axis)
     return from_groups(_RoundTrip.apply(rows, scale, zero_point, spec, None), x.shape, spec, axis).to(x.dtype)
@@ -171,11 +186,26 @@ def lsq_fake_quantize(
         from lightning_quant.kernels.triton.fake_quant import FusedFakeQuantize
 
         return FusedFakeQuantize.apply(x, scale.float(), zero_point.float(), spec, axis, factor)
+    layout = _native(x, spec, axis)
+    if layout is not None and type(scale) in (Tensor, nn.Parameter) and type(zero_point) in (Tensor, nn.Parameter):
+        from lightning_quant.kernels import cpu_fake_quant
+
+        return cpu_fake_quant.lsq_fake_quantize(x, scale.float(), zero_point.float(), layout, factor)
     values = x.float()
     rows = values if per_tensor else to_groups(values, spec, axis)
     shape = (1,) if per_tensor else (-1, 1)
     out = _LSQ.apply(rows, scale.reshape(shape), zero_point.float().reshape(shape), qmin, qmax, factor)
     return (out if per_tensor else from_groups(out, x.shape, spec, axis)).to(x.dtype)
+
+
+def from_sources(compute: Callable[[], T], *quantized: Tensor) -> T:
+    """`compute()`, for whose backward pass is saved what these tensors were fake-quantized from, where that is known, not they."""
+    if torch.compiler.is_compiling() or quantized[0].device.type != "cpu":
+        return compute()
+    from lightning_quant.kernels.cpu_fake_quant import saving_sources
+
+    with saving_sources(*quantized):
+        return compute()
 
 
 def keep_fp32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -259,6 +289,9 @@ class FakeQuantize(nn.Module):
         if self.spec.dynamic:
             return dynamic_fake_quantize(x, self.spec, self.axis) if self.quantizing else x
         if self.observing and self._takes_part():
+            fused = self._observe_and_quantize(x)
+            if fused is not None:
+                return fused
             self.observe(x)
         if not self.quantizing:
             return _Link.apply(x, *self.parameters()) if self.linked and self.learned and torch.is_grad_enabled() else x
@@ -325,6 +358,25 @@ class FakeQuantize(nn.Module):
             with self._named():
                 self.observer.update(rows)
             self._stale = True
+
+    def _observe_and_quantize(self, x: Tensor) -> Tensor | None:
+        """Both in one call, if the C library has it and `x` is finite; else nothing is done."""
+        momentum = plain_momentum(self.observer)
+        if momentum is None or not self.quantizing or self.learned or self.waits or not x.numel():
+            return None
+        layout = _native(x, self.spec, self.axis)
+        if layout is None or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:
+            return None
+        from lightning_quant.kernels.cpu_fake_quant import NotFinite, observed_fake_quantize
+
+        seen = None if self.is_weight else (self.observer.min_val, self.observer.max_val, momentum)
+        try:
+            quantized, scale, zero_point = observed_fake_quantize(x, layout, seen)
+        except NotFinite:
+            return None  # `observe` tells the whole story
+        self.set_qparams(scale, zero_point)
+        self._stale = False
+        return quantized
 
     @torch.no_grad()
     def measure(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -250,3 +251,39 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     if spec.dtype in FLOAT8:  # padding and moving axes are not implemented for float8
         codes = codes.float()
     return from_groups(dequantize_rows(to_groups(codes, spec, axis), scale, zero_point, spec), codes.shape, spec, axis)
+
+
+# --- learned scales -------------------------------------------------------------------------------------------------
+
+
+def lsq_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    factor: float,
+    wanted: Sequence[bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of fake quantization by `x`, scale and zero point.
+
+    LSQ (Esser et al. 2020, arXiv:1902.08153, section 2.1); the zero point's is LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576).
+
+    Args:
+        grad: of what was fake-quantized, in the shape of `x`.
+        scale, zero_point: float32, broadcast over `x`; a zero point is rounded and clamped to the codes.
+        factor: of the gradients by scale and zero point.
+        wanted: which to compute; the others are None.
+    """
+    offset = zero_point.round().clamp(qmin, qmax)
+    ratio = x * (1.0 / scale)
+    level = ratio.round() + offset
+    inside = (level >= qmin) & (level <= qmax)
+    by_scale = by_zero = None
+    if wanted[1]:
+        slope = level.clamp(qmin, qmax) - offset - ratio * inside
+        by_scale = (grad * slope).sum_to_size(scale.shape) * factor
+    if wanted[2]:
+        by_zero = (grad * ~inside * -scale).sum_to_size(zero_point.shape) * factor
+    return grad * inside if wanted[0] else None, by_scale, by_zero

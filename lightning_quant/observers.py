@@ -171,6 +171,15 @@ class MovingAverageObserver(Observer):
             average.copy_(torch.where(ranks > 0, total / ranks, empty))
 
 
+def plain_momentum(observer: Observer) -> float | None:
+    """The momentum of an observer whose state is the range of this process's batches, 0 for all that was seen; None of others."""
+    if observer.reduce is not None:
+        return None
+    if type(observer) is MovingAverageObserver:
+        return observer.momentum
+    return 0.0 if type(observer) is MinMaxObserver else None
+
+
 class HistogramObserver(Observer):
     """A histogram whose bins are aligned to 0 and as wide as a power of two.
 

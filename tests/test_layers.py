@@ -22,8 +22,9 @@ ORDER = [
     *("numerics", "packing", "double_quant", "sharding"),
     *("kernels.triton.configs", "kernels.triton.support", "kernels.triton.device"),
     *("kernels.triton.quantize", "kernels.triton.fake_quant", "kernels.triton.weights", "kernels.triton.int8"),
+    *("kernels.native.build", "kernels.native", "kernels.native.fake", "kernels.cpu_fake_quant"),
     *("grids", "observers", "gradients", "fake_quant", "methods"),
-    *("kernels.native.build", "kernels.native", "kernels.reference", "kernels.prepack", "kernels.onednn"),
+    *("kernels.reference", "kernels.prepack", "kernels.onednn"),
     *(f"kernels.images.{name}" for name in ("graph", "program", "compiler")),
     "kernels.images",
     *("kernels.*", "kernels"),
@@ -60,7 +61,7 @@ MAY_IMPORT_LIGHTNING = [
 ]
 # imported only by who has what they need
 WHEN_USED = [
-    "nn.transformers_conv1d",
+    *("nn.transformers_conv1d", "kernels.native.fake", "kernels.cpu_fake_quant"),
     *(f"kernels.triton.{name}" for name in ("device", "quantize", "fake_quant", "weights", "int8")),
 ]
 OPTIONAL = {"transformers", "peft", "bitsandbytes", "wandb", "compressed_tensors", "matplotlib", "triton"}

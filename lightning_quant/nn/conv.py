@@ -118,7 +118,7 @@ class FakeConv(FoldableModule, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.fake_input(input)
-        return self.run(lambda weight, bias: self._conv_forward(x, weight, bias))
+        return self.run(x, lambda weight, bias: self._conv_forward(x, weight, bias))
 
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -131,7 +131,7 @@ class FakeConvTranspose(FakeConv, _ConvTransposeNd):
         x = self.fake_input(input)
         transposed = _TRANSPOSED[len(self.kernel_size)]
         extra: Any = (self.stride, self.padding, output_padding(self, x, output_size), self.groups, self.dilation)
-        return self.run(lambda weight, bias: transposed(x, weight, bias, *extra))
+        return self.run(x, lambda weight, bias: transposed(x, weight, bias, *extra))
 
 
 class PackedConv1d(PackedConv, nn.Conv1d): ...

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.fake_quant import FakeQuantize, from_sources
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
 from lightning_quant.numerics import MIN_SCALE
@@ -85,23 +85,36 @@ class FoldableModule(FakeModule):
         factor = scale.to(weight.dtype).view(blocks, 1, -1, *[1] * (weight.dim() - 2))
         return (split * factor).flatten(0, 1)
 
-    def _sign(self) -> Tensor:
-        """The sign of `s`, [out channels]: a negative one flips the weight, as scales are positive."""
+    def _sign(self) -> Tensor | None:
+        """The sign of `s`, which is that of gamma, [out channels]; a negative one flips the weight, as scales are positive.
+
+        None: nothing is flipped, as far as that can be told without waiting for a device.
+        """
         assert self.norm is not None
-        return torch.where(norm_scale(self.norm) < 0, -1.0, 1.0)
+        if self.norm.weight is None:
+            return None
+        negative = whole(self.norm.weight).detach() < 0
+        if negative.device.type == "cpu" and not torch.compiler.is_compiling() and not negative.any():
+            return None
+        return torch.where(negative, -1.0, 1.0)
+
+    def _flipped(self, weight: Tensor) -> Tensor:
+        """The weight, with the channels whose `s` is negative flipped."""
+        sign = self._sign()
+        return weight if sign is None else self._scaled(weight, sign)
 
     def effective_weight(self, name: str, exact: bool = False) -> Tensor:
         weight = self.transformed_weight(name)
         if self.norm is None:
             return weight
         if self.commutes:
-            return self._scaled(weight, self._sign())
+            return self._flipped(weight)
         return self._scaled(weight, norm_scale(self.norm) if exact else self._usable_scale())
 
     def latent_weight(self, name: str, effective: Tensor) -> Tensor:
         if self.norm is None:
             return effective
-        return self._scaled(effective, self._sign() if self.commutes else 1.0 / self._usable_scale())
+        return self._flipped(effective) if self.commutes else self._scaled(effective, 1.0 / self._usable_scale())
 
     def _usable_scale(self) -> Tensor:
         assert self.norm is not None
@@ -113,15 +126,20 @@ class FoldableModule(FakeModule):
             return scale
         return (scale * norm_scale(self.norm).abs()[:, None]).clamp(min=MIN_SCALE)
 
-    def run(self, compute: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """The layer's output from `compute(weight, bias)`, in front of the BatchNorm if it has one."""
+    def run(self, x: Tensor, compute: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """The layer's output from `compute(weight, bias)`, in front of the BatchNorm if it has one.
+
+        Args:
+            x: the quantized input that `compute` takes, whose source is saved for the backward pass instead of it.
+        """
         bias: Any = self.bias
         weight = self.fake_weight()
         if self.norm is None:
-            return self.fake_output(compute(weight, bias))
+            return self.fake_output(from_sources(lambda: compute(weight, bias), x, weight))
         if self.commutes:
-            return compute(self._scaled(weight, self._sign()), bias)
-        return self._unscale(compute(weight, None), bias)
+            weight = self._flipped(weight)
+            return from_sources(lambda: compute(weight, bias), x, weight)
+        return self._unscale(from_sources(lambda: compute(weight, None), x, weight), bias)
 
     def _unscale(self, out: Tensor, bias: Tensor | None) -> Tensor:
         """Undo the folded scale on the output and add the bias."""

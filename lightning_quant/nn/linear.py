@@ -41,4 +41,4 @@ class FakeLinear(FoldableModule, nn.Linear):
                 f"a BatchNorm normalises dimension 1 and not the features. Leave the pair out: Recipe(fold=[...]) without it"
             )
         x = self.fake_input(input)
-        return self.run(lambda weight, bias: F.linear(x, weight, bias))
+        return self.run(x, lambda weight, bias: F.linear(x, weight, bias))

@@ -14,10 +14,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # OpenMP is compiled in and not linked: its symbols resolve to the library that torch has loaded, so there is one pool of threads
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall")
-_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DLQ_TABLE=lq_avx2", "-DLQ_IMAGES=lq_images_avx2")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-DLQ_TABLE=lq_avx2")
 _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
-    *("-mprefer-vector-width=512", "-DLQ_IMAGES=lq_images_avx512"),
+    *("-mprefer-vector-width=512", "-DLQ_TABLE=lq_avx512"),
 )
 
 
@@ -63,10 +63,11 @@ def build(out: str | Path, extra: tuple[str, ...] = ()) -> Path:
         BuildError: no compiler, or it failed; its messages are the error's.
     """
     out, cc = Path(out), compiler()
-    units: list[tuple[str, tuple[str, ...]]] = [("generic.c", ()), ("images.c", ())]
+    units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in ("generic.c", "images.c", "fake_quant.c")]
     defines: tuple[str, ...] = ()
     if platform.machine().lower() in ("x86_64", "amd64"):
-        units += [("generic.c", _AVX2), ("images.c", _AVX2), ("avx512.c", _AVX512), ("images.c", _AVX512)]
+        units += [(name, _AVX2) for name in ("generic.c", "images.c", "fake_quant.c")]
+        units += [(name, _AVX512) for name in ("avx512.c", "images.c", "fake_quant.c")]
     else:
         defines = ("-DLQ_BASE_ONLY",)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,9 +16,11 @@ int omp_get_thread_num(void);
 int omp_get_num_threads(void);
 #endif
 
-#ifndef LQ_IMAGES
-#define LQ_IMAGES lq_images_base
+#ifndef LQ_TABLE
+#define LQ_TABLE lq_base
 #endif
+#define PASTED(table) table##_images
+#define NAME(table) PASTED(table)
 
 #define LANES 16
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -409,7 +411,7 @@ static void step(const lq_step *s, const lq_run *r, int64_t first, int64_t last)
 }
 
 /* few images: the threads share each; else each thread has its own */
-int LQ_IMAGES(const lq_program *p) {
+int NAME(LQ_TABLE)(const lq_program *p) {
   const int threads = lq_threads(p->work * p->images);
   if (p->images < threads) {
     char *arena = lq_scratch(4, (size_t)p->arena);

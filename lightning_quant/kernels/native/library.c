@@ -140,11 +140,11 @@ int lq_images(const lq_program *program) {
   if (level < 0) lq_use(AVX512);
 #if defined(__x86_64__) && !defined(LQ_BASE_ONLY)
 #ifndef LQ_NO_AVX512
-  if (level == AVX512) return lq_images_avx512(program);
+  if (level == AVX512) return lq_avx512_images(program);
 #endif
-  if (level == AVX2) return lq_images_avx2(program);
+  if (level == AVX2) return lq_avx2_images(program);
 #endif
-  return lq_images_base(program);
+  return lq_base_images(program);
 }
 
 /* Codes of a whole tensor with one scale, for operators outside of this library. */
@@ -152,4 +152,29 @@ void lq_quantize_tensor(
     const void *x, int32_t dtype, int64_t count, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *out
 ) {
   kernels()->quantize_tensor(x, dtype, count, scale, zero, low, high, out);
+}
+
+static const lq_fake_kernels *fake_kernels(void) {
+  if (level < 0) lq_use(AVX512);
+#if defined(__x86_64__) && !defined(LQ_BASE_ONLY)
+#ifndef LQ_NO_AVX512
+  if (level == AVX512) return &lq_avx512_fake;
+#endif
+  if (level == AVX2) return &lq_avx2_fake;
+#endif
+  return &lq_base_fake;
+}
+
+int32_t lq_fake_quantize(const lq_fake_args *args) {
+  return args->rows * args->columns ? fake_kernels()->quantize(args) : 0;
+}
+
+/* the gradient by x: where x is inside the range */
+void lq_fake_mask(const lq_fake_args *args) {
+  if (args->rows * args->columns) fake_kernels()->mask(args);
+}
+
+/* the gradients by x, scale and zero point, the last two unless NULL */
+int32_t lq_fake_learn(const lq_fake_args *args, float *by_scale, float *by_zero, float factor) {
+  return fake_kernels()->learn(args, by_scale, by_zero, factor);
 }

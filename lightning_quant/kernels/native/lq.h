@@ -103,7 +103,37 @@ typedef struct {
   int64_t images, arena, work; /* bytes of scratch, and multiplications of an image */
 } lq_program;
 
-int lq_images_base(const lq_program *), lq_images_avx2(const lq_program *), lq_images_avx512(const lq_program *);
+int lq_base_images(const lq_program *), lq_avx2_images(const lq_program *), lq_avx512_images(const lq_program *);
+
+/* --- fake quantization, in fake_quant.c --- */
+
+enum { LQ_RANGE_GIVEN = 0, LQ_RANGE_NOW = 1, LQ_RANGE_SEEN = 2 };
+enum { LQ_CLIPPED = 1, LQ_NOT_FINITE = 2, LQ_FAILED = 4 }; /* bits of what is returned */
+
+/* A dense tensor of float32 or bfloat16, `rows` of `columns` in groups that share a scale; scales of row r are those of r % period. */
+typedef struct {
+  const void *x;
+  void *y;          /* as x; the gradient by x in a backward pass */
+  const void *grad; /* backward: as x */
+  int64_t rows, columns, group, period;
+  float *scale; /* [period, groups]; written unless the range is given */
+  void *zero;   /* int32, or float32 to be rounded; the same */
+  int32_t zero_is_float, keep_nan;
+  int32_t dtype, low, high; /* codes */
+  int32_t range;            /* LQ_RANGE_...: scales are given, those of each group as it is now, or of what was seen of the tensor */
+  int32_t symmetric;
+  float bound; /* what a symmetric range's largest magnitude is divided by */
+  float *seen_low, *seen_high;
+  float momentum; /* of a moving average; 0: all that was seen */
+} lq_fake_args;
+
+typedef struct {
+  int32_t (*quantize)(const lq_fake_args *);
+  void (*mask)(const lq_fake_args *);
+  int32_t (*learn)(const lq_fake_args *, float *by_scale, float *by_zero, float factor);
+} lq_fake_kernels;
+
+extern const lq_fake_kernels lq_base_fake, lq_avx2_fake, lq_avx512_fake;
 
 /* scratch that a thread keeps between calls; NULL if there is no memory */
 void *lq_scratch(int slot, size_t bytes);
