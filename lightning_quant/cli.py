@@ -336,6 +336,9 @@ def main(args: list[str] | None = None) -> None:
     if here not in sys.path and "" not in sys.path:  # as `python -m` does; a console script has only its own folder
         sys.path.insert(0, here)
     QuantCLI(args=copy.copy(args))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Lightning leaves gloo's group to the end of the process, whose threads may then abort it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

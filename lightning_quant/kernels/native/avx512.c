@@ -541,8 +541,10 @@ INLINE void few_pairs(
     }
     UNROLL for (int i = 0; i < channels; i++) {
       const float *from = w->scale + (n0 + i) * w->scale_stride + group;
-      __m512 scale = inside > 1 ? _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(first(groups - group < inside ? groups - group : inside), from))
-                                : _mm512_set1_ps(*from);
+      __m512 scale = _mm512_set1_ps(*from);
+      if (inside == 2) scale = _mm512_mask_mov_ps(scale, 0xFF00, _mm512_set1_ps(from[group + 1 < groups]));
+      else if (inside > 2)
+        scale = _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(first(groups - group < inside ? groups - group : inside), from));
       UNROLL for (int m = 0; m < rows; m++) totals[i][m] = _mm512_fmadd_ps(sums[i][m], scale, totals[i][m]);
     }
     if (inside > 1) group += inside;
