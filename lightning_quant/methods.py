@@ -111,8 +111,8 @@ METHODS: dict[str, Method] = {
     "lsq": Method(_LSQ, _LSQ),
     # Bhalgat et al. 2020, arXiv:2004.09576: initialisation in section 3.2
     "lsq+": Method(replace(_LSQ, observer="sigma"), Rule(offset_fake_quantize)),
-    # Lee et al. 2021, arXiv:2104.00903; weights only: in the gradient by an activation, `delta * |g| * e` has the sign of the rounding
-    # error for all of a batch at once, and w2a2 of ResNet-20 on CIFAR-10 lost 4 points to it
+    # Lee et al. 2021, arXiv:2104.00903; weights only: in the gradient by activations, `delta * |g| * e` has the sign of the
+    # rounding error, whatever the loss says, and w2a2 of ResNet-20 on CIFAR-10 lost 4 points to it
     "ewgs": Method(Rule(ewgs_fake_quantize), _LSQ, options={"delta": 0.2}),
     # Choi et al. 2018, arXiv:1805.06085: weights are DoReFa's in the paper, too
     "pact": Method(_DOREFA, Rule(pact_fake_quantize, learns_zero_point=False), options={"regularization": 2e-4}),
