@@ -67,9 +67,9 @@ class _Elementwise(torch.autograd.Function):
     """The identity in front of a quantizer; its backward turns the quantizer's straight-through gradient into EWGS's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, delta: float, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, delta: float) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.delta, ctx.factor = delta, factor
+        ctx.delta = delta
         return x.view_as(x)
 
     @staticmethod
@@ -77,24 +77,21 @@ class _Elementwise(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         ratio = x * (1.0 / scale)
         # the quantizer has set the gradient to 0 outside the range
-        more = (ratio - ratio.round()).mul_(grads[0].abs()).mul_(ctx.delta)
-        by_scale = (more * ratio).sum_to_size(scale.shape).mul_(-ctx.factor) if ctx.needs_input_grad[1] else None
-        return more.add_(grads[0]), by_scale, None, None
+        return (ratio - ratio.round()).mul_(grads[0].abs()).mul_(ctx.delta).add_(grads[0]), None, None
 
 
-def scale_elementwise(
-    x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None, *, delta: float
-) -> Tensor:
+def scale_elementwise(x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 0, *, delta: float) -> Tensor:
     """Element-wise gradient scaling (Lee et al. 2021, arXiv:2104.00903, equation 4): the identity, in front of a quantizer.
 
     The gradient g of the rounded value becomes `g * (1 + delta * sign(g) * e)` at the value before rounding, with e its rounding
-    error in codes: an element is pushed harder where the step that g asks for crosses to another code sooner.
+    error in codes: an element is pushed harder where the step that g asks for crosses to another code sooner. The scale's own
+    gradient is left alone: `delta * |g| * e` has no sign of its own, and over a whole tensor it would outweigh what the loss says.
 
     Args:
         x: float, any shape.
         scale: float32 in the shape of `qparams_shape`.
-        axis, elements: as in `lsq_fake_quantize`.
-        delta: fixed; in units of codes, so that 2 stops an element half a code beyond.
+        axis: as in `to_groups`.
+        delta: fixed; in units of codes.
 
     Returns:
         `x`.
@@ -107,8 +104,7 @@ def scale_elementwise(
         tensor([ 1.2000, -0.8000])
     """
     rows, step = _to_rows(x, spec, axis, scale)
-    factor = gradient_factor(x, spec, axis, elements, qrange(spec)[1])
-    return _from_rows(_Elementwise.apply(rows, step, delta, factor), x, spec, axis)
+    return _from_rows(_Elementwise.apply(rows, step.detach(), delta), x, spec, axis)
 
 
 # --- PACT -------------------------------------------------------------------------------------------------------------

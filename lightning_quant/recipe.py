@@ -76,7 +76,7 @@ class Recipe:
         observer: of activation ranges, a key of `OBSERVERS`; by default `moving_average` in QAT, and in PTQ `minmax`, or
             `mse` below 8 bits.
         observer_options: its keyword arguments.
-        weight_observer: of weight ranges; by default `minmax`, or `mse` for learned scales below 8 bits.
+        weight_observer: of weight ranges; by default `minmax`, or what the QAT method starts learned scales from below 8 bits.
         weight_observer_options: its keyword arguments.
         algorithms: PTQ algorithms to run in order, keys of `ALGORITHMS`.
         algorithm_options: algorithm -> its keyword arguments.

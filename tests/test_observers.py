@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.numerics import calc_qparams, dequantize_rows, quantize_rows, to_groups
+from lightning_quant.numerics import calc_qparams, dequantize_rows, qrange, quantize_rows, to_groups
 from lightning_quant.observers import OBSERVERS, Observer, make_observer
 from lightning_quant.spec import QuantSpec
 from tests.helpers import assert_same, spec_id
@@ -287,3 +287,37 @@ def test_unknown_names_list_the_valid_ones():
 def test_options_are_checked(name, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}={next(iter(options.values()))}.*must be"):
         make_observer(name, SPECS[0], 1, options)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(QuantSpec(bits, granularity="tensor") for bits in (2, 3, 4, 8)),
+        QuantSpec(4, signed=False, granularity="tensor"),
+        QuantSpec(4, symmetric=False, granularity="tensor"),
+        QuantSpec(2, signed=False, symmetric=False, granularity="tensor"),
+    ],
+    ids=spec_id,
+)
+def test_where_learned_scales_start(spec: QuantSpec) -> None:
+    """LSQ: 2 mean|v| / sqrt(q_max); LSQ+: max|mean +- 3 sigma| / 2^(bits - 1) of weights."""
+    qmin, qmax = qrange(spec)
+    x = torch.randn(1, 5000) * 0.1 + 0.02
+    cases = [(x.abs(), not (spec.signed and spec.symmetric))]
+    if spec.signed or not spec.symmetric:
+        cases.append((x, False))
+    for values, unsigned in cases:
+        found = make_observer("lsq", spec, 1).measure(values, partial(torch.ones_like, values))
+        scale, zero_point = calc_qparams(*found, spec)
+        codes = qmax - qmin if unsigned else (qmax - qmin) // 2
+        torch.testing.assert_close(scale, 2 * values.abs().mean(1) / codes**0.5)
+        if not spec.symmetric:
+            assert zero_point.item() == (qmin if unsigned else pytest.approx((qmin + qmax) / 2, abs=0.5))
+    found = make_observer("sigma", spec, 1).measure(x, partial(torch.ones_like, x))
+    mean, sigma = x.mean().item(), x.std(correction=0).item()
+    if spec.symmetric:
+        end = max(abs(mean - 3 * sigma), abs(mean + 3 * sigma))
+        expected = torch.tensor([end / 2 ** (spec.bits - spec.signed)])
+        torch.testing.assert_close(calc_qparams(*found, spec)[0], expected, rtol=1e-4, atol=0)
+    else:
+        torch.testing.assert_close(torch.cat(found), torch.tensor([mean - 3 * sigma, mean + 3 * sigma]), rtol=1e-4, atol=1e-6)

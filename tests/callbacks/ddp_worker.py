@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 
 import lightning_quant as lq
 from lightning_quant.calibration import quantizers
+from lightning_quant.methods import METHODS
 
 BATCHES, BATCH, FEATURES = 6, 8, 12
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "kl")
+LEARNED = [name for name, method in METHODS.items() if method.learns]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -119,10 +121,11 @@ def observed(observer: str, recipe: str) -> dict[str, Tensor]:
     return state(model)
 
 
-def learned(quantize_from: int) -> dict[str, Any]:
-    """LSQ; in a float phase its scales are parameters that nothing uses."""
+def learned(method: str, quantize_from: int) -> dict[str, Any]:
+    """In a float phase learned scales are parameters that nothing uses."""
     model = made(0.05)
-    trainer = fit(model, lq.QATCallback(lq.Recipe("w4a4", edges=None), method="lsq", quantize_from=quantize_from), 3)
+    recipe = lq.Recipe("w4a4", edges=None, bits=METHODS[method].bits)
+    trainer = fit(model, lq.QATCallback(recipe, method=method, quantize_from=quantize_from, scale_lr=0.5), 3)  # type: ignore[arg-type]
     steps = [len(trainer.optimizers[0].state[part.scale]) for part in quantizers(model) if part.learned]
     return {"state": state(model), "packed": state(trainer.quantize()), "momentum": steps}
 
@@ -147,7 +150,8 @@ def resumed(folder: Path) -> dict[str, Any]:
         model = made(0.05, norm=True, dropout=0.5)
         torch.manual_seed(seed + int(os.environ["RANK"]))
         keeper = [ModelCheckpoint(where, filename="{epoch}", save_top_k=-1)] if where else []
-        callback = lq.QATCallback(lq.Recipe("w4a4", edges=None), method="lsq", quantize_from=1, freeze_bn_at=3)
+        options: Any = {"scale_lr": 0.5, "oscillation": "freeze", "oscillation_threshold": 1e-3}
+        callback = lq.QATCallback(lq.Recipe("w4a4", edges=None), method="ewgs", quantize_from=1, freeze_bn_at=3, **options)
         trainer = host(epochs, callback, lq.RandomStateCallback(), *keeper, enable_checkpointing=bool(keeper))
         trainer.fit(model, loader(), ckpt_path=ckpt, weights_only=True)
         momentum = trainer.optimizers[0].state_dict()["state"]
@@ -178,7 +182,7 @@ def single() -> dict[str, Any]:
     """What one process finds; two are compared with it."""
     return {
         "observed": {(name, recipe): observed(name, recipe) for name in OBSERVERS for recipe in ("w8a8", "w4a4")},
-        "learned": {start: learned(start) for start in (0, 1)},
+        "learned": {(method, start): learned(method, start) for method in LEARNED for start in (0, 1)},
         "calibrated": {name: calibrated("w8a8", name) for name in OBSERVERS if name != "moving_average"},
     }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.callbacks.ddp_worker import OBSERVERS, single
+from tests.callbacks.ddp_worker import LEARNED, OBSERVERS, single
 from tests.launching import launch
 
 pytestmark = pytest.mark.xdist_group("ddp")
@@ -46,11 +46,13 @@ def test_ddp_observers_see_what_one_process_sees(ranks: Any, alone: Any, observe
 
 
 @pytest.mark.parametrize("quantize_from", [0, 1])
-def test_ddp_learned_scales_train_alike(ranks: Any, alone: Any, quantize_from: int) -> None:
-    first, second = (rank["learned"][quantize_from] for rank in ranks)
-    expected = alone["learned"][quantize_from]
+@pytest.mark.parametrize("method", LEARNED)
+def test_ddp_learned_scales_train_alike(ranks: Any, alone: Any, method: str, quantize_from: int) -> None:
+    first, second = (rank["learned"][method, quantize_from] for rank in ranks)
+    expected = alone["learned"][method, quantize_from]
     assert unequal(first["state"], second["state"]) == []
-    assert unequal(first["state"], expected["state"], 2e-3) == []
+    # ewgs is not linear in the gradients that ranks average; pact's scale steps are large enough to turn rounding noise into codes
+    assert unequal(first["state"], expected["state"], 2e-2 if method in ("ewgs", "pact") else 2e-3) == []
     assert unequal(first["packed"], second["packed"]) == []
     # while nothing was quantized no optimizer has counted a step for a scale, and later every one has
     assert first["momentum"] == expected["momentum"]
