@@ -358,6 +358,9 @@ class FakeQuantize(nn.Module):
             with self._named():
                 self.observer.update(rows)
             self._stale = True
+            if torch.compiler.is_compiling() and self.quantizing and not self.learned:  # `update_qparams` looks at what was seen
+                self.set_qparams(*calc_qparams(*self.observer.range(), self.spec))
+                self._stale = False
 
     def _observe_and_quantize(self, x: Tensor) -> Tensor | None:
         """Both in one call, if the C library has it and `x` is finite; else nothing is done."""
@@ -365,7 +368,7 @@ class FakeQuantize(nn.Module):
         if momentum is None or not self.quantizing or self.learned or self.waits or not x.numel():
             return None
         layout = _native(x, self.spec, self.axis)
-        if layout is None or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:
+        if layout is None or not layout.measurable or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:
             return None
         from lightning_quant.kernels.cpu_fake_quant import NotFinite, observed_fake_quantize
 
