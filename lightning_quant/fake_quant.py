@@ -365,7 +365,7 @@ class FakeQuantize(nn.Module):
     def _observe_and_quantize(self, x: Tensor) -> Tensor | None:
         """Both in one call, if the C library has it and `x` is finite; else nothing is done."""
         momentum = plain_momentum(self.observer)
-        if momentum is None or not self.quantizing or self.learned or self.waits or not x.numel():
+        if momentum is None or not self.quantizing or self.learned or not x.numel() or self.codes != qrange(self.spec):
             return None
         layout = _native(x, self.spec, self.axis)
         if layout is None or not layout.measurable or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_quant.calibration import set_flags
-from lightning_quant.fake_quant import METHODS, FakeQuantize, dynamic_fake_quantize, fake_quantize, lsq_fake_quantize
+from lightning_quant.fake_quant import FakeQuantize, dynamic_fake_quantize, fake_quantize, lsq_fake_quantize
 from lightning_quant.kernels import cpu_fake_quant, native
 from lightning_quant.kernels.native import fake
+from lightning_quant.methods import METHODS
 from lightning_quant.numerics import calc_qparams, qrange, to_groups
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantScheme, QuantSpec
@@ -328,17 +330,19 @@ def test_instruction_sets_agree(isa):
 
 # --- what is saved --------------------------------------------------------------------------------------------------
 
-SCHEMES: dict[str, QuantScheme | str] = {
+SCHEMES = {
     "static": QuantScheme(weight=QuantSpec(4), input=QuantSpec(4, symmetric=False, granularity="tensor")),
-    "dynamic": "w4a8-dynamic",
+    "dynamic": QuantScheme(
+        weight=QuantSpec(4, granularity="group", group_size=32), input=QuantSpec(8, granularity="token", dynamic=True)
+    ),
     "one scale": QuantScheme(weight=QuantSpec(4, granularity="tensor"), input=QuantSpec(8, granularity="tensor")),
 }
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(256, 128), (6, 20, 256)),
-    "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (4, 8, 12, 12)),
-    "grouped conv": (lambda: nn.Conv2d(8, 16, 3, groups=4), (4, 8, 12, 12)),
-    "transposed": (lambda: nn.ConvTranspose2d(8, 16, 3), (4, 8, 12, 12)),
-    "normed": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)), (4, 8, 12, 12)),
+    "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (8, 8, 16, 16)),
+    "grouped conv": (lambda: nn.Conv2d(8, 16, 3, groups=4), (8, 8, 16, 16)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 16, 3), (8, 8, 16, 16)),
+    "normed": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)), (8, 8, 16, 16)),
     "attention": (lambda: Attention(), (4, 9, 128)),
 }
 
@@ -355,8 +359,9 @@ class Attention(nn.Module):
 def fake_layer(kind: str, scheme: str, method: str = "ste") -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
-    model = nn.Sequential(make())
-    prepare(model, Recipe(SCHEMES[scheme], edges=None), method=method)
+    model, found = nn.Sequential(make()), SCHEMES[scheme]
+    found = replace(found, weight=replace(found.weight, bits=METHODS[method].bits or 4))
+    prepare(model, Recipe(found, edges=None), method=method)
     set_flags(model, observing=True, following=True, quantizing=True)
     if kind == "normed":
         with torch.no_grad():  # a negative factor flips its channel's weights
@@ -404,7 +409,7 @@ def kept(model: nn.Module, x: Tensor) -> int:
     return sum(event.nbytes() for event in events if event.name() == "[memory]") - out.numel() * 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ste", "lsq", "lsq+", "ewgs"])  # others round in torch's operators
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 @pytest.mark.parametrize("kind", ["linear", "conv", "normed"])
 def test_a_layer_keeps_no_copy_of_its_input_or_weight(kind, scheme, method, monkeypatch):
@@ -413,7 +418,7 @@ def test_a_layer_keeps_no_copy_of_its_input_or_weight(kind, scheme, method, monk
     x = leaf(x) * 1  # as a layer before it gives it
     plain = kept(nn.Sequential(LAYERS[kind][0]()), x)
     # scales and flags; where a BatchNorm flips channels, the flipped weight is another tensor, before and after quantization
-    room = 4096 + 2 * weight.numel() * 4 * (kind == "normed")
+    room = 16384 + 2 * weight.numel() * 4 * (kind == "normed")
     assert kept(model, x) - plain < room < x.numel() * 4
     monkeypatch.setenv("LQ_BACKEND", "reference")
     assert kept(model, x) - plain > x.numel() * 4
