@@ -40,7 +40,7 @@ sys.path.remove(HERE)  # kernels.py has the name of a package that transformers 
 
 import lightning_quant as lq  # noqa: E402
 from lightning_quant.calibration import set_flags  # noqa: E402
-from lightning_quant.fake_quant import METHODS  # noqa: E402
+from lightning_quant.methods import METHODS  # noqa: E402
 from lightning_quant.report import table  # noqa: E402
 
 RECIPES = {"resnet": "w8a8", "lm": "w4a8-dynamic"}

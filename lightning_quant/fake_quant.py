@@ -358,14 +358,17 @@ class FakeQuantize(nn.Module):
             with self._named():
                 self.observer.update(rows)
             self._stale = True
+            if torch.compiler.is_compiling() and self.quantizing and not self.learned:  # `update_qparams` looks at what was seen
+                self.set_qparams(*calc_qparams(*self.observer.range(), self.spec))
+                self._stale = False
 
     def _observe_and_quantize(self, x: Tensor) -> Tensor | None:
         """Both in one call, if the C library has it and `x` is finite; else nothing is done."""
         momentum = plain_momentum(self.observer)
-        if momentum is None or not self.quantizing or self.learned or self.waits or not x.numel():
+        if momentum is None or not self.quantizing or self.learned or not x.numel() or self.codes != qrange(self.spec):
             return None
         layout = _native(x, self.spec, self.axis)
-        if layout is None or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:
+        if layout is None or not layout.measurable or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:
             return None
         from lightning_quant.kernels.cpu_fake_quant import NotFinite, observed_fake_quantize
 

@@ -150,6 +150,14 @@ def _qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor
     return torch.where((low == 0) & (high == 0), 1.0, scale.clamp(min=MIN_SCALE)), zero_point
 
 
+def holds(condition: Tensor, otherwise: str) -> bool:
+    """Whether a condition, a bool tensor of one element, is true; while it is traced it counts as true and is checked when run."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, otherwise)
+        return True
+    return bool(condition)
+
+
 def calc_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a range (Jacob et al. 2018, arXiv:1712.05877, section 2.1).
 
@@ -170,7 +178,7 @@ def calc_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> tuple[Ten
     """
     low, high = min_val.float(), max_val.float()
     # comparisons with nan are false, so this also catches nan
-    if not bool(((low <= high) & (low > -torch.inf) & (high < torch.inf)).all()):
+    if not holds(((low <= high) & (low > -torch.inf) & (high < torch.inf)).all(), "not a finite range"):
         raise ValueError(f"not a finite range: min {low.min().item()}, max {high.max().item()}")
     return _qparams(low, high, spec)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.numerics import MIN_SCALE, calc_qparams, dequantize_rows, max_value, qrange, quantize_rows
+from lightning_quant.numerics import MIN_SCALE, calc_qparams, dequantize_rows, holds, max_value, qrange, quantize_rows
 from lightning_quant.spec import QuantSpec
 
 OBSERVERS: dict[str, type[Observer]] = {}
@@ -58,7 +58,7 @@ def _finite_range(rows: Tensor, reduce: Reduce | None = None) -> Range:
         ends = torch.where(ends.isnan(), torch.inf, ends)
         reduce(ends, "max")
         low, high = -ends[: len(low)], ends[len(low) :]
-    if not bool(((low > -torch.inf) & (high < torch.inf)).all()):
+    if not holds(((low > -torch.inf) & (high < torch.inf)).all(), "values are nan or inf"):
         bad = rows.numel() - int(torch.isfinite(rows).sum())
         raise ValueError(f"{bad} of {rows.numel()} values are nan or inf" + " (they are on another rank)" * (bad == 0))
     return low, high

@@ -7,6 +7,7 @@ backward pass, `saving_sources` saves the sources instead, which are kept anyway
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +19,8 @@ from lightning_quant.kernels.native import fake
 from lightning_quant.kernels.native.fake import Layout, Seen
 from lightning_quant.numerics import from_groups, lsq_gradients, qrange, to_groups
 
-_SOURCE = "_lightning_quant_source"
+# id of what was fake-quantized -> itself and its source, while it lives; an attribute of it would be pickled with it
+_SOURCES: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: {} {} is at version {}; "
     "expected version {} instead. Layers with quantizers save their input and weight for the backward pass, as they do in float"
@@ -59,8 +61,15 @@ class Source:
 
 def _remember(y: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout, learned: bool = False) -> Tensor:
     if torch.is_grad_enabled() and not x.is_inference():
-        setattr(y, _SOURCE, Source(x, scale.detach(), zero_point.detach(), layout, learned, x._version))
+        key, source = id(y), Source(x, scale.detach(), zero_point.detach(), layout, learned, x._version)
+        _SOURCES[key] = weakref.ref(y, lambda _: _SOURCES.pop(key, None)), source
     return y
+
+
+def source_of(quantized: Tensor) -> Source | None:
+    """What a tensor was fake-quantized from, if these kernels did it and gradients were enabled."""
+    alive, source = _SOURCES.get(id(quantized), (None, None))
+    return source if alive is not None and alive() is quantized else None
 
 
 def _packed_by_others() -> bool:
@@ -90,7 +99,7 @@ def saving_sources(*quantized: Tensor) -> Iterator[None]:
     """
     sources: dict[int, tuple[Source, int]] = {}
     for tensor in quantized:
-        source = getattr(tensor, _SOURCE, None)
+        source = source_of(tensor)
         if source is not None and tensor.numel():
             sources[tensor.data_ptr()] = source, tensor.numel()
     if not sources or not torch.is_grad_enabled() or _packed_by_others():

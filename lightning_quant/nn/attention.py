@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quant.fake_quant import from_sources
 from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.linear import PackedLinear
@@ -156,7 +157,8 @@ class FakeMultiheadAttention(_Attention, FakeModule):
         return None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[_PROJECTIONS.index(name)]
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(self.fake_input(x, name), self.fake_weight(f"{name}_weight"), self._bias(name))
+        quantized, weight = self.fake_input(x, name), self.fake_weight(f"{name}_weight")
+        return from_sources(lambda: F.linear(quantized, weight, self._bias(name)), quantized, weight)
 
     def to_packed(self, built: dict[int, nn.Module] | None = None) -> PackedMultiheadAttention:
         packed = self.packed_type.empty(self, self.scheme)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_quant.fake_quant import from_sources
 from lightning_quant.kernels import run_linear
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
@@ -43,4 +44,5 @@ class FakeConv1D(FakeModule, Conv1D):
     weight_axes = PackedConv1D.weight_axes
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fake_output(F.linear(self.fake_input(x), self.fake_weight().t(), self.bias))
+        quantized, weight = self.fake_input(x), self.fake_weight()
+        return self.fake_output(from_sources(lambda: F.linear(quantized, weight.t(), self.bias), quantized, weight))

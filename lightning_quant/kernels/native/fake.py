@@ -74,6 +74,11 @@ class Layout:
     period: int
 
     @property
+    def measurable(self) -> bool:
+        """Whether the elements of a scale are neighbours, so that its range is found in one pass."""
+        return self.rows == self.period
+
+    @property
     def scales(self) -> int:
         return self.period * -(-self.columns // self.group)
 
@@ -163,6 +168,7 @@ def quantize_measured(x: Tensor, layout: Layout, seen: Seen | None = None) -> tu
 
     Args:
         x: not empty.
+        layout: a `measurable` one.
         seen: the observer's, changed in place unless `x` holds nan or inf.
 
     Returns:

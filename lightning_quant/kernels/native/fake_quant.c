@@ -233,6 +233,7 @@ static lq_range observe(const lq_fake_args *a, lq_range now) {
 static int32_t quantize(const lq_fake_args *a) {
   const int64_t groups = groups_of(a), chunks = chunks_of(a), count = a->rows * groups * chunks;
   if (a->range == LQ_RANGE_GIVEN) return quantize_static(a, groups, chunks, count);
+  if (a->rows != a->period) return LQ_FAILED; /* rows apart share a scale */
   if (chunks == 1 && a->range == LQ_RANGE_NOW) return quantize_ranged(a, groups, count);
   lq_range *ranges = lq_scratch(0, (size_t)count * sizeof(lq_range));
   if (!ranges) return LQ_FAILED;
