@@ -4,10 +4,10 @@
     python benchmarks/qat_cifar.py --data DATA --json out.json --only "w2a2"        # some rows; those in the file are not run again
 
 DATA holds what `examples/cifar10.py` needs. Weights have one scale a channel, activations one asymmetric range a tensor; the first
-and the last layer keep 8 bits. Every row starts from the same float weights and trains on all training images in bfloat16
-(`precision="bf16-mixed"`, channels_last), by SGD with one cycle of the learning rate; accuracy is that of the packed model on all test images.
-"float" is the start, and the start trained on in float as long as the comparisons are: what the training alone is worth.
-PTQ has mse ranges (observer "mse") from 512 training images.
+and the last layer keep 8 bits. Every row starts from the same float weights and trains on all training images in bfloat16 and
+channels_last, by SGD with one cycle of the learning rate; accuracy is that of the packed model on all test images. "float" is the
+start, and the start trained on in float as long as the comparisons are: what the training alone is worth. PTQ has mse ranges
+(observer "mse") from 512 training images.
 """
 
 from __future__ import annotations
