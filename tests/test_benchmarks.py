@@ -70,6 +70,27 @@ def test_a_wrong_kernel_is_not_timed(wrong, monkeypatch):
         kernels.check(built, weight, x, [4])
 
 
+@pytest.mark.parametrize("method", ["ste", "lsq"])
+def test_steps_of_qat(method, tmp_path, monkeypatch, capsys):
+    steps, file = load("qat_step", monkeypatch), tmp_path / "out.json"
+    pytest.importorskip("transformers")
+    steps.main(["--quick", "--threads", "1", "--no-memory", "--method", method, "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    assert [result["part"] for result in results] == ["resnet", "lm"]
+    for result in results:
+        assert all(len(values) == 2 for clock in ("CPU", "wall") for values in result["all"][clock].values())
+        assert result["ratios"]["CPU"]["median"] > 0
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_step(monkeypatch):
+    steps = load("qat_step", monkeypatch)
+    args = steps.parser().parse_args(["--quick", "--batch", "4"])
+    plain, quantized = (steps.peak_memory("resnet", kind, args) for kind in ("float", "QAT"))
+    # weights, gradients and what a batch leaves: the kernels save no second copy of it
+    assert 1e6 < plain["tensors"] <= quantized["tensors"] < 1.35 * plain["tensors"]
+
+
 def test_decoding_along_a_path(monkeypatch):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}

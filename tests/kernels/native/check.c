@@ -13,6 +13,9 @@ void lq_dequantize(const lq_weight *weight, const int64_t *rows, int64_t count, 
 void lq_quantize_tensor(
     const void *x, int32_t dtype, int64_t count, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *out
 );
+int32_t lq_fake_quantize(const lq_fake_args *args);
+void lq_fake_mask(const lq_fake_args *args);
+int32_t lq_fake_learn(const lq_fake_args *args, float *by_scale, float *by_zero, float factor);
 void lq_release(void);
 
 static int compared; /* outputs of two instruction sets */
@@ -122,9 +125,68 @@ static int round_of(int number_of) {
   return bad;
 }
 
+/* Fake quantization of a tensor, forward and backward; all but sums to the bit. */
+static int fake_round(int number_of) {
+  const int64_t columns[] = {1, 7, 31, 100, 9000, 20001}, group_sizes[] = {1, 7, 16, 32, 64, 9000};
+  lq_fake_args a = {0};
+  a.columns = columns[roll(6)], a.rows = a.columns > 8000 ? 1 + roll(3) : 1 + roll(40);
+  a.group = roll(2) ? a.columns : group_sizes[roll(6)];
+  a.range = roll(3), a.period = a.range == LQ_RANGE_GIVEN && roll(2) && a.rows % 2 == 0 ? a.rows / 2 : a.rows;
+  if (a.range == LQ_RANGE_SEEN) a.rows = a.period = 1, a.group = a.columns;
+  const int64_t count = a.rows * a.columns, scales = a.period * ((a.columns + a.group - 1) / a.group);
+  int bits = 2 + roll(7), signed_ = roll(2);
+  a.low = signed_ ? -(1 << (bits - 1)) : 0, a.high = a.low + (1 << bits) - 1;
+  a.dtype = roll(2), a.symmetric = roll(2), a.keep_nan = roll(2), a.zero_is_float = a.range == LQ_RANGE_GIVEN && roll(2);
+  a.bound = (a.high - a.low) / 2.0f, a.momentum = roll(2) ? 0.1f : 0.0f;
+  int width = a.dtype == LQ_F32 ? 4 : 2, bad = 0;
+  char *x = malloc(count * width), *grad = malloc(count * width), *all[2];
+  for (int i = 0; i < 2; i++) all[i] = malloc(2 * count * width + scales * 8 + 8);
+  fill(x, a.dtype, count), fill(grad, a.dtype, count);
+  if (roll(8) == 0) lq_store(x, a.dtype, roll(count), roll(2) ? NAN : INFINITY);
+  a.x = x, a.grad = grad;
+  float *sums[2] = {malloc(scales * 8), malloc(scales * 8)};
+  int reference = 1;
+  for (int isa = 0; isa < 3 && !bad; isa++) {
+    if (lq_use(isa) != isa) continue;
+    float *scale = malloc(scales * 4), seen[2] = {-0.5f, 0.5f};
+    int32_t *zero = malloc(scales * 4);
+    for (int64_t i = 0; i < scales; i++) {
+      scale[i] = 0.01f * (1 + i % 9), zero[i] = a.low + (int32_t)(i % 3);
+      if (a.zero_is_float) ((float *)zero)[i] = a.low + 0.3f;
+    }
+    char *out = all[!reference];
+    a.scale = scale, a.zero = zero, a.seen_low = seen, a.seen_high = seen + 1, a.y = out;
+    memset(out, 0, 2 * count * width);
+    if (lq_fake_quantize(&a) & LQ_FAILED) bad = 1;
+    a.y = out + count * width;
+    lq_fake_mask(&a);
+    memcpy(out + 2 * count * width, scale, scales * 4), memcpy(out + 2 * count * width + scales * 4, zero, scales * 4);
+    memcpy(out + 2 * count * width + scales * 8, seen, 8);
+    char *by_x = malloc(count * width);
+    a.y = by_x;
+    if (lq_fake_learn(&a, sums[!reference], sums[!reference] + scales, 0.5f)) bad = 2;
+    free(by_x), free(scale), free(zero);
+    /* nan has many bits */
+    for (int64_t i = 0; !reference && i < 2 * count; i++) {
+      float p = lq_load(all[0], a.dtype, i), q = lq_load(all[1], a.dtype, i);
+      if (p != q && (p == p || q == q)) bad = 3;
+    }
+    if (!reference && memcmp(all[0] + 2 * count * width + scales * 4, all[1] + 2 * count * width + scales * 4, scales * 4 + 8)) bad = 4;
+    for (int64_t i = 0; !reference && i < 2 * scales; i++)
+      if (fabs(sums[0][i] - sums[1][i]) > 1e-3 * (fabs(sums[0][i]) + a.columns)) bad = 5;
+    compared += !reference;
+    reference = 0;
+  }
+  if (bad)
+    printf("fake round %d: %d; rows %d columns %d group %d period %d range %d dtype %d\n", number_of, bad, (int)a.rows, (int)a.columns,
+           (int)a.group, (int)a.period, a.range, a.dtype);
+  free(x), free(grad), free(all[0]), free(all[1]), free(sums[0]), free(sums[1]);
+  return bad;
+}
+
 int main(int argc, char **argv) {
   int rounds = argc > 1 ? atoi(argv[1]) : 300, bad = 0;
-  for (int i = 0; i < rounds; i++) bad += round_of(i) != 0;
+  for (int i = 0; i < rounds; i++) bad += (round_of(i) != 0) + (fake_round(i) != 0);
   lq_release();
   printf("%d rounds, %d compared, %d bad, best instruction set %d\n", rounds, compared, bad, lq_use(2));
   return bad != 0;
