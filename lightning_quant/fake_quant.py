@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from lightning_quant.numerics import MIN_SCALE, calc_qparams, from_groups, qpara
 from lightning_quant.observers import make_observer, plain_momentum
 from lightning_quant.sharding import is_managed, put, whole
 from lightning_quant.spec import QuantSpec
+
+# bits of the narrowest integers: what is to have at least so many keeps its own width
+NARROWEST = 2
+
+
+def widened(spec: QuantSpec, bits: int) -> QuantSpec:
+    """The spec with at least so many bits, if it is one of integers.
+
+    Example:
+        >>> widened(QuantSpec(2), 4).bits, widened(QuantSpec(8), 4).bits
+        (4, 8)
+    """
+    return replace(spec, bits=max(bits, spec.bits)) if spec.is_int else spec
 
 
 class _Link(torch.autograd.Function):
@@ -83,8 +97,11 @@ class FakeQuantize(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.axis, self.name = spec, axis, name
+        self.spec = self.final_spec = spec  # of now, and at the end of the training
+        self.axis, self.name = axis, name
         self.is_weight = shape is not None
+        # of a weight's elements, how many are quantized in a training step
+        self.share = 1.0
         self.rule = rule
         self.learned = rule.fake is not None and not spec.dynamic and spec.is_int
         self.observing = self.quantizing = False
@@ -157,6 +174,32 @@ class FakeQuantize(nn.Module):
             return False
         # a checkpointed block runs a second time in the backward pass, with the ranges of the first
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def widen(self, bits: int) -> bool:
+        """From now on have at least so many bits; what this changes has a range of another width until `renew`.
+
+        Args:
+            bits: `NARROWEST`: its own.
+
+        Returns:
+            whether it has another width than before.
+        """
+        spec = widened(self.final_spec, bits)
+        changes, self.spec = spec.bits != self.spec.bits, spec
+        if not spec.dynamic:
+            self.observer.spec = spec
+        return changes
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """The range of an activation for a new width: from what was observed; one that has learned starts from the next batch."""
+        if self.spec.dynamic:
+            return
+        if (self.learned and self.quantizing) or not self.observer.has_data:
+            self.reset_parameters()
+            return
+        self._stale = True
+        self.update_qparams()
 
     def safe_scale(self) -> Tensor:
         """The scale in use: a learned one may have crossed zero, and its magnitude counts."""

@@ -52,7 +52,8 @@ ORDER = [
     *("passes", "work", "sequential", "preflight", "pipeline"),
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
     *("teacher", "pairing"),
-    *("companions", "precision", "text", "callbacks.packed_base", "callbacks.*", "callbacks", "trainer"),
+    *("companions", "precision", "text", "callbacks.packed_base", "callbacks.schedule", "callbacks.preparation"),
+    *("callbacks.*", "callbacks", "trainer"),
     *("cli", "__main__", ""),
 ]
 MAY_IMPORT_LIGHTNING = [
