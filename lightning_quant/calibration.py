@@ -35,7 +35,12 @@ def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:
 
 
 def set_flags(
-    model: nn.Module, *, observing: bool | None = None, following: bool | None = None, quantizing: bool | None = None
+    model: nn.Module,
+    *,
+    observing: bool | None = None,
+    following: bool | None = None,
+    quantizing: bool | None = None,
+    activations: bool | None = None,
 ) -> None:
     """Switch observers and fake quantization on or off; None leaves a flag as it is. The structure stays.
 
@@ -43,20 +48,43 @@ def set_flags(
         observing: whether activations' observers watch.
         following: whether ranges of weights follow the weights; when it ends they stay as they are then.
         quantizing: fake quantization; when it starts, learned scales of weights start from the weights as they are then.
+        activations: fake quantization of activations; by default as `quantizing`.
     """
+    activations = quantizing if activations is None else activations
     reshard(model)
     for module in fake_modules(model).values():
         parts = [quantizer for _, quantizer in module.quantizers()]
-        starts = quantizing is True and not all(part.quantizing for part in parts)
+        starts = quantizing is True and not all(part.quantizing for part in parts if part.is_weight)
         freezes = following is False and any(part.observing for part in parts if part.is_weight)
         if starts or freezes:
             module.follow_weights()
+        if activations is not None:
+            module.quantizes_activations = activations
         for part in parts:
             observed = following if part.is_weight else observing
             if observed is not None and part.observing != observed:
                 part.observing = observed
-            if quantizing is not None and part.quantizing != quantizing:
-                part.quantizing = quantizing
+            quantized = quantizing if part.is_weight else activations
+            if quantized is not None and part.quantizing != quantized:
+                part.quantizing = quantized
+
+
+def set_bits(model: nn.Module, bits: int) -> bool:
+    """Give every integer of a prepared model at least so many bits, with new ranges; says whether this changed anything.
+
+    Ranges of weights are found anew from the weights, as when they were first quantized, and so are those of activations whose
+    scales learn, from the next batch: the best range of a narrower grid is smaller than that of a wider one.
+    """
+    reshard(model)
+    changed = [module.widen(bits) for module in fake_modules(model).values()]
+    return any(changed)
+
+
+def set_share(model: nn.Module, share: float) -> None:
+    """In training steps quantize only so many of each weight's elements, chosen anew each time; 1: all."""
+    for quantizer in quantizers(model):
+        if quantizer.is_weight:
+            quantizer.share = share
 
 
 def measure_weights(model: nn.Module) -> None:
@@ -156,11 +184,12 @@ def drop_linked_gradients(model: nn.Module) -> None:
                 parameter.grad = None
 
 
-def share_ranges(model: nn.Module, others: Iterable[nn.Module]) -> None:
-    """Give copies of a prepared model its quantizers' state."""
+def share_ranges(model: nn.Module, others: Iterable[nn.Module], weights: bool = True) -> None:
+    """Give copies of a prepared model its quantizers' state, or only that of activations'."""
     for other in others:
         for mine, theirs in zip(quantizers(model), quantizers(other), strict=True):
-            theirs.load_state_dict(mine.state_dict())
+            if weights or not mine.is_weight:
+                theirs.load_state_dict(mine.state_dict())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.fake_quant import lsq_fake_quantize
+from lightning_quant.functional import lsq_fake_quantize
 from lightning_quant.gradients import (
     PLAIN,
     Rule,

@@ -208,9 +208,11 @@ def _convert_trained(module: nn.Module, recipe: Any, dry_run: bool) -> Any:
     converted = _uncompiled(convert(module))
     quantizers = [part for part in module.modules() if isinstance(part, FakeQuantize)]
     if not all(part.quantizing for part in quantizers):
+        weights = all(part.quantizing for part in quantizers if part.is_weight)
+        what, when = ("activations", "quantize_activations_from") if weights else ("weights", "quantize_from")
         warnings.warn(
-            "fake quantization never started in this model's training (see QATCallback's quantize_from), so the weights never "
-            "adapted to it; they are rounded with the ranges observed so far",
+            f"fake quantization{' of activations' * weights} never started in this model's training (see QATCallback's {when}), so "
+            f"it never adapted to it; {what} are rounded with the ranges observed so far",
             stacklevel=3,
         )
     return converted

@@ -229,16 +229,29 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is not prepared.
-        RuntimeError: an activation's range was never observed; the message names it.
+        RuntimeError: an activation's range was never observed, or a module still has more bits than its recipe says; the message
+            names it.
     """
     if not is_prepared(model):
         raise ValueError("nothing to convert: prepare the model first (QATCallback, or quantize with a recipe)")
     return pack_all(model)
 
 
+def _check_widths(fakes: Mapping[str, FakeModule]) -> None:
+    for name, fake in fakes.items():
+        specs = [spec for spec in (fake.scheme.weight, fake.scheme.input, fake.scheme.output) if spec is not None and spec.is_int]
+        wide = [spec.bits for spec in specs if spec.bits < fake.min_bits]
+        if wide:
+            raise RuntimeError(
+                f"{name}: its training is at {fake.min_bits} bits so far, and its recipe has {wide[0]}: train on until the last width "
+                f"of QATCallback(bits=...); before, the model can be evaluated, but not packed"
+            )
+
+
 def pack_all(model: nn.Module) -> nn.Module:
     """`convert`, also of a model whose prepared modules were all packed one by one."""
     fakes = fake_modules(model)
+    _check_widths(fakes)
     relink_norms(model)
     built: dict[int, nn.Module] = {id(packed): packed for packed in packed_modules(model).values()}
     replaced: dict[int, Any] = {}

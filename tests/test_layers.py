@@ -23,7 +23,7 @@ ORDER = [
     *("kernels.triton.configs", "kernels.triton.support", "kernels.triton.device"),
     *("kernels.triton.quantize", "kernels.triton.fake_quant", "kernels.triton.weights", "kernels.triton.int8"),
     *("kernels.native.build", "kernels.native", "kernels.native.fake", "kernels.cpu_fake_quant"),
-    *("grids", "observers", "gradients", "fake_quant", "methods"),
+    *("grids", "observers.base", "observers.histogram", "observers", "gradients", "functional", "fake_quant", "methods"),
     *("kernels.reference", "kernels.prepack", "kernels.onednn"),
     *(f"kernels.images.{name}" for name in ("graph", "program", "compiler")),
     "kernels.images",
@@ -52,7 +52,8 @@ ORDER = [
     *("passes", "work", "sequential", "preflight", "pipeline"),
     *("loop", "quantize", "probes", "sensitivity", "compare", "calibration_report", "checkpoint"),
     *("teacher", "pairing"),
-    *("companions", "precision", "text", "callbacks.packed_base", "callbacks.*", "callbacks", "trainer"),
+    *("companions", "precision", "text", "callbacks.packed_base", "callbacks.schedule", "callbacks.preparation"),
+    *("callbacks.*", "callbacks", "trainer"),
     *("cli", "__main__", ""),
 ]
 MAY_IMPORT_LIGHTNING = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_quant.algorithms.base import Algorithm, Cost, suited, weight_quantizer, weight_spec
 from lightning_quant.blocks import Unit
 from lightning_quant.calibration import all_reduce, has_ranks
-from lightning_quant.fake_quant import dynamic_fake_quantize, fake_quantize
+from lightning_quant.functional import dynamic_fake_quantize, fake_quantize
 from lightning_quant.grids import minmax_qparams, nearest
 from lightning_quant.nn import FakeModule
 from lightning_quant.numerics import calc_qparams

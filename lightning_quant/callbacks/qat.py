@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -11,12 +9,10 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_quant.adapters import has_adapter
 from lightning_quant.calibration import (
     drop_linked_gradients,
     finish_observing,
@@ -25,46 +21,32 @@ from lightning_quant.calibration import (
     link_ranks,
     measure_weights,
     quantizers,
+    set_bits,
     set_flags,
+    set_share,
     share_buffers,
     share_norms,
     share_ranges,
 )
+from lightning_quant.callbacks.preparation import Preparation, told
+from lightning_quant.callbacks.schedule import FLOAT_STAGE, Phase, Schedule
 from lightning_quant.companions import (
-    When,
     averaged_models,
-    check_callbacks,
     check_learning,
-    check_strategy,
-    check_when,
-    configure,
     list_late,
     progress,
-    re_estimates_norms,
     restart_monitors,
     total_steps,
 )
-from lightning_quant.loop import example_call
 from lightning_quant.methods import get_method, resolve_options
 from lightning_quant.mixed import Sensitivity
-from lightning_quant.nn import lookup
 from lightning_quant.nn.base import described_modules
 from lightning_quant.oscillation import Freezing, add_terms, rising
-from lightning_quant.plan import Plan, plan_model
 from lightning_quant.recipe import Recipe, as_recipe
 from lightning_quant.scale_groups import ScaleGroups
 from lightning_quant.selection import Selection
 from lightning_quant.sharding import is_sharded
-from lightning_quant.surgery import apply_plan, get_info, is_packed, is_prepared, relink_norms, widen_optimizer_state
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with `train` and `rest` is said as Lightning does."""
-    try:
-        yield
-    except ValueError as error:
-        raise MisconfigurationException(f"QATCallback {error}") from None
+from lightning_quant.surgery import fake_modules, is_packed, relink_norms, widen_optimizer_state
 
 
 class QATCallback(L.Callback):
@@ -80,6 +62,12 @@ class QATCallback(L.Callback):
             from the observer; `"pact"`: those of activations; `"dorefa"`: weights pass a tanh. See docs/qat.md.
         method_options: the method's own: `delta` of `"ewgs"`, `regularization` of `"pact"`.
         quantize_from: when fake quantization starts; before, observers watch the float model.
+        quantize_activations_from: when activations follow, if later; until then observers watch them.
+        bits: progressive widths, time -> bits (`{0: 8, 2: 4, 0.6: 2}`): integers that are narrower in the recipe have that width
+            until the next time. The last one is the recipe's narrowest. Before it the model is evaluated as it is, and cannot be
+            packed. At each change ranges are found anew.
+        quant_noise: in training steps only this share of each weight's elements is quantized, chosen anew each time (Fan et al.
+            2020, arXiv:2004.07320, section 4); None: all. Drawn from torch's generator: `RandomStateCallback` resumes it.
         freeze_observers_at: when ranges stop moving (learned scales go on learning).
         freeze_bn_at: when BatchNorm statistics stop moving.
         scale_lr: the rate of learned scales and zero points, as a factor of their optimizer group's; they get groups of their own,
@@ -88,19 +76,19 @@ class QATCallback(L.Callback):
             draws all weights to the middle of their codes.
         oscillation_threshold: of `"freeze"`: the share of steps that jump back, at the end of the training; 4 times that at first.
         oscillation_strength: of `"dampen"`: the factor of the squared distances in the loss, at the end; 0 at first.
-        restart_monitors: when fake quantization starts, the patience and best score of `EarlyStopping`, and the best scores and
-            paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never
-            be reached again. Files already written stay.
+        restart_monitors: when fake quantization starts, of weights or activations, and when `bits` change, the patience and best
+            score of `EarlyStopping`, and the best scores and paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does
+            `ReduceLROnPlateau`: the float model's would never be reached again. Files already written stay.
         train: patterns, as in a `Recipe`, of the modules that are trained, with all that is in them; or what `lq.sensitivity`
             found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn. The rest is
             frozen for the fit, BatchNorm statistics included. None: everything.
         rest: `"quantized"`, or `"float"`: what of the rest the recipe would quantize stays in float.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
-    `quant/bn_frozen` at each epoch, if the Trainer has a logger.
+    `quant/bn_frozen` at each epoch, if the Trainer has a logger, and with their arguments `quant/activations` and `quant/bits`.
 
     Raises:
-        MisconfigurationException: a bad method or time.
+        MisconfigurationException: a bad method, time, width or share.
         ValueError: a bad recipe.
 
     Example:
@@ -117,6 +105,9 @@ class QATCallback(L.Callback):
         quantize_from: int | float = 0,
         freeze_observers_at: int | float | None = None,
         freeze_bn_at: int | float | None = None,
+        quantize_activations_from: int | float = 0,
+        bits: dict[int | float, int] | None = None,
+        quant_noise: float | None = None,
         scale_lr: float | None = None,
         oscillation: Literal["freeze", "dampen"] | None = None,
         oscillation_threshold: float = 0.01,
@@ -126,10 +117,8 @@ class QATCallback(L.Callback):
         rest: Literal["quantized", "float"] = "quantized",
     ) -> None:
         super().__init__()
-        try:
+        with told():
             self.method_options = resolve_options(method, method_options)
-        except ValueError as error:
-            raise MisconfigurationException(f"QATCallback {error}") from None
         self.recipe = as_recipe(recipe)
         if self.recipe.algorithms:
             raise MisconfigurationException(
@@ -137,20 +126,23 @@ class QATCallback(L.Callback):
                 f"use the recipe with lq.quantize"
             )
         self.method = method
-        self.quantize_from = check_when("quantize_from", quantize_from)
-        if quantize_from is None:
-            raise MisconfigurationException("QATCallback quantize_from=None: then nothing would be quantized; 0 starts at once")
-        self.freeze_observers_at = check_when("freeze_observers_at", freeze_observers_at)
-        self.freeze_bn_at = check_when("freeze_bn_at", freeze_bn_at)
+        self.schedule = Schedule(quantize_from, quantize_activations_from, freeze_observers_at, freeze_bn_at, bits)
+        if quant_noise is not None and not 0 < quant_noise <= 1:
+            raise MisconfigurationException(
+                f"QATCallback quant_noise={quant_noise}: the share that is quantized, above 0 and up to 1"
+            )
+        self.quant_noise = quant_noise
         check_learning(method, scale_lr, oscillation, oscillation_threshold, oscillation_strength)
         self.scale_lr, self.oscillation, self.oscillation_strength = scale_lr, oscillation, oscillation_strength
         self.restart_monitors = restart_monitors
-        with _told():
+        with told():
             self.selection = Selection(train, rest)
-        self._started = False  # whether fake quantization has started; a resumed run must know
+        self.preparation = Preparation(self.recipe, method, self.method_options, self.schedule, self.selection, oscillation)
+        self._stage = FLOAT_STAGE  # what is quantized; a resumed run must know
         self._following = True  # whether ranges of weights still follow the weights
         self._waits = False  # whether learned scales still wait for their first range
-        self._phase: tuple[bool, bool, bool] | None = None
+        self._renewed = False  # whether averaged copies still wait for ranges that were found anew
+        self._phase: Phase | None = None
         self._frozen: list[nn.Module] = []
         self._float_checkpoint = False  # whether a float run is resumed
         self._handles: list[RemovableHandle] = []
@@ -163,121 +155,47 @@ class QATCallback(L.Callback):
     # --- preparation ---
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._prepare(trainer, pl_module, stage)
+        if self.preparation.prepare(trainer, pl_module, stage, self):
+            self._stage, self._freezing.tracks = FLOAT_STAGE, {}  # another model's training may have set them
         if stage == "fit":
-            self._freeze(pl_module)  # before optimizers are made and DDP takes its parameters
+            self.preparation.freeze(pl_module)  # before optimizers are made and DDP takes its parameters
 
-    def _freeze(self, module: L.LightningModule) -> None:
-        if is_prepared(module):
-            with _told():
-                self.selection.freeze(module)
-
-    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        check_strategy(trainer, pl_module)
-        if self.oscillation is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"QATCallback oscillation={self.oscillation!r}: under {type(trainer.strategy).__name__} no rank has whole weights: "
-                f"leave it out, or use strategy='ddp'"
-            )
-        if is_packed(pl_module):
-            return
-        if stage == "fit":
-            self._check_times(trainer)
-        if is_prepared(pl_module):
-            self._check_same(pl_module)
-            return
-        if has_adapter(pl_module):
-            raise MisconfigurationException("adapters are made on layers with quantizers: list QATCallback before LoRACallback")
-        if stage == "fit":
-            check_callbacks(trainer, self)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            if is_sharded(pl_module) or not any(lookup(type(part)) for part in pl_module.modules()):
-                return  # configure_model makes the layers, prepares and shards them: `_check_prepared` comes after it
-        elif is_overridden("configure_model", pl_module):
-            # its layers must exist before they can be prepared; Lightning calls it again, which it has to allow
-            configure(trainer, pl_module, type(self).__name__)
-        plan = plan_model(pl_module, self.recipe, example_call(trainer, pl_module, stage))
-        with _told():
-            plan = self.selection.cut(pl_module, plan)
-        self._check_observed(plan)
-        apply_plan(pl_module, plan, method=self.method, method_options=self.method_options)
-        self._started, self._freezing.tracks = False, {}  # another model's training may have set them
-
-    def _check_prepared(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """After a configure_model that this callback has left to Lightning."""
-        if not isinstance(trainer.strategy, ModelParallelStrategy) or is_packed(module):
-            return
-        if not is_prepared(module):
-            raise MisconfigurationException(
-                f"{type(module).__name__}.configure_model has made layers without quantizers. Make them in __init__, "
-                f"where QATCallback finds them, or call lq.prepare(self, recipe, method={self.method!r}) in configure_model, "
-                f"after the layers are made and before fully_shard"
-            )
-        self._check_same(module)
-
-    def _check_observed(self, plan: Plan) -> None:
-        """A range that is frozen before it was ever observed would stop the training at its first batch."""
-        if self.freeze_observers_at in (0, 0.0) and any(match.scheme.needs_data for match in plan.matches):
-            raise MisconfigurationException(
-                f"QATCallback freeze_observers_at={self.freeze_observers_at}: the recipe has static activations, whose ranges "
-                f"would never be observed; give a later time"
-            )
-
-    def _check_same(self, module: nn.Module) -> None:
-        info = get_info(module)
-        mine = (self.recipe, self.method, self.method_options)
-        if info is not None and (info.recipe, info.method, info.method_options) != mine:
-            raise MisconfigurationException(
-                "the model was prepared with another recipe or method than this QATCallback's: use that one again, or start from "
-                f"the float model. Prepared: {info.method} {info.method_options}, {info.recipe}; this callback: {self.method} "
-                f"{self.method_options}, {self.recipe}"
-            )
-
-    def _check_times(self, trainer: L.Trainer) -> None:
-        for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at"):
-            if isinstance(getattr(self, name), float) and trainer.max_epochs == -1 and trainer.max_steps == -1:
-                raise MisconfigurationException(
-                    f"QATCallback {name}={getattr(self, name)} is a fraction of the training, but this training "
-                    f"has no end: set max_epochs or max_steps, or give an epoch (int)"
-                )
+    @property
+    def _started(self) -> bool:
+        """Whether fake quantization of weights has started."""
+        return bool(self._stage[0])
 
     # --- schedule ---
-
-    def _reached(self, when: When, trainer: L.Trainer) -> bool:
-        if when is None:
-            return False
-        if isinstance(when, float):
-            return progress(trainer, self._total_steps) >= when
-        return trainer.current_epoch >= when
 
     def _apply(self, trainer: L.Trainer, module: L.LightningModule, *, force: bool = False) -> None:
         """Bring the flags to where the training is; the whole schedule is derived anew, so any resume is right."""
         if self._waits:
             finish_observing(module)
             self._waits = any(quantizer.waits for quantizer in quantizers(module))
-        quantizing = self._reached(self.quantize_from, trainer)
-        observing = not self._reached(self.freeze_observers_at, trainer)
-        frozen = self._reached(self.freeze_bn_at, trainer) and not re_estimates_norms(trainer)
-        if not force and (quantizing, observing, frozen) == self._phase:
+        phase = self.schedule.phase(trainer, self._total_steps)
+        if not force and phase == self._phase:
             return
-        self._phase = (quantizing, observing, frozen)
-        self._following = observing
+        self._phase, self._following = phase, phase.observing
         finish_observing(module)
         averages = averaged_models(trainer)
+        if set_bits(module, phase.bits):
+            self._renewed, self._waits, self._freezing.tracks = True, is_sharded(module), {}
+        for model in averages:
+            set_bits(model, phase.bits)
         for model in (module, *averages):
-            set_flags(model, following=observing, quantizing=quantizing)
-        set_flags(module, observing=observing)
-        for quantizer in () if observing else quantizers(module):
+            set_flags(model, following=phase.observing, quantizing=phase.quantizing, activations=phase.activations)
+        set_flags(module, observing=phase.observing)
+        for quantizer in () if phase.observing else quantizers(module):
             # a part that training reaches for the first time has no range that could be frozen
             quantizer.observing |= not (quantizer.is_weight or quantizer.has_range)
-        starts, self._started = quantizing and not self._started, quantizing
-        if starts:
-            share_ranges(module, averages)
+        before, self._stage = self._stage, phase.stage
+        if phase.quantizing and phase.stage != before:
+            share_ranges(module, averages, weights=phase.stage[::2] != before[::2])
             if self.restart_monitors:
                 restart_monitors(trainer)
-        if not frozen:
+        if not phase.bn_frozen:
             self._thaw()
-        if frozen:
+        else:
             for part in module.modules():
                 if isinstance(part, _BatchNorm) and part.training:
                     part.eval()
@@ -296,15 +214,13 @@ class QATCallback(L.Callback):
             follow_ranges(module, averaged_models(trainer))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_prepared(trainer, pl_module)
-        self._freeze(pl_module)
+        self.preparation.check_prepared(trainer, pl_module)
+        self.preparation.freeze(pl_module)
         list_late(pl_module)
         if self.scale_lr is not None and not is_packed(pl_module):
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            try:
+            with told():
                 self._groups = ScaleGroups(pl_module, trainer.optimizers, schedulers, self.scale_lr)
-            except ValueError as error:
-                raise MisconfigurationException(f"QATCallback {error}") from None
         if self._float_checkpoint:
             # their states are restored after this hook
             for optimizer in trainer.optimizers:
@@ -321,14 +237,16 @@ class QATCallback(L.Callback):
         self._handles, self._float_checkpoint = [], False
         self._frozen = []
         self._waits = is_sharded(pl_module)
+        set_share(pl_module, self.quant_noise or 1.0)
         self._total_steps = total_steps(trainer)
         self._apply(trainer, pl_module, force=True)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._apply(trainer, pl_module, force=True)
         assert self._phase is not None
-        names = ("quantizing", "observing", "bn_frozen")
-        values = {f"quant/{name}": float(value) for name, value in zip(names, self._phase, strict=True)}
+        names = ["quantizing", "observing", "bn_frozen"]
+        names += ["activations"] * (self.schedule.quantize_activations_from != 0) + ["bits"] * (self.schedule.bits is not None)
+        values = {f"quant/{name}": float(getattr(self._phase, name)) for name in names}
         pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -337,12 +255,15 @@ class QATCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             share_norms(pl_module)  # DDP does; quantized weights depend on them, and checkpoints hold one rank's
+        if self._renewed:
+            self._renewed = False
+            share_ranges(pl_module, averaged_models(trainer))  # which take in their first step of this width next
         if self.oscillation == "freeze" and self._started and trainer.global_step != self._counted:
             self._counted = trainer.global_step
             self._freezing.step(pl_module, progress(trainer, self._total_steps))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_prepared(trainer, pl_module)
+        self.preparation.check_prepared(trainer, pl_module)
         self._pause(pl_module)
         self._follow(trainer, pl_module)  # averaging callbacks swap models next
 
@@ -358,15 +279,15 @@ class QATCallback(L.Callback):
             )
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_prepared(trainer, pl_module)
+        self.preparation.check_prepared(trainer, pl_module)
         self._pause(pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._check_prepared(trainer, pl_module)
+        self.preparation.check_prepared(trainer, pl_module)
         self._pause(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if has_ranks() and self._phase is not None and not self._phase[0]:
+        if has_ranks() and self._phase is not None and not self._phase.activations:
             drop_linked_gradients(pl_module)
         done = progress(trainer, self._total_steps)
         add_terms(pl_module, optimizer, rising(self.oscillation_strength, done) if self.oscillation == "dampen" else 0.0)
@@ -384,6 +305,7 @@ class QATCallback(L.Callback):
 
     def _leave(self, module: L.LightningModule) -> None:
         link_ranks(module, False)
+        set_share(module, 1.0)
         self._thaw()
         self.selection.release()
         self._phase = None
@@ -398,8 +320,8 @@ class QATCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the run was made with: primitives only, for `weights_only` loading."""
-        times = {name: getattr(self, name) for name in ("quantize_from", "freeze_observers_at", "freeze_bn_at")}
-        flags = {"started": self._started, "following": self._following}
+        times = {**self.schedule.to_dict(), "quant_noise": self.quant_noise}
+        flags = {"stage": self._stage, "following": self._following}
         training = {"scale_lr": self.scale_lr, "oscillation": self.oscillation, "tracks": self._freezing.state_dict()}
         made = {"recipe": self.recipe.to_dict(), "method": self.method, "method_options": self.method_options}
         return {**made, **flags, **times, **training}
@@ -418,11 +340,9 @@ class QATCallback(L.Callback):
             )
         if state is None or not isinstance(trainer.strategy, ModelParallelStrategy):
             return
-        for quantizer in quantizers(pl_module):
-            quantizer.quantizing = state.get("started", False)
-            if quantizer.is_weight:
-                quantizer.observing = state.get("following", True)
+        for fake in fake_modules(pl_module).values():
+            fake.restore_flags(*state["stage"], following=state["following"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._started = state_dict["started"]
+        self._stage = state_dict["stage"]
         self._freezing.load_state_dict(state_dict["tracks"])

@@ -190,7 +190,7 @@ def _quantize(x: Tensor, given: _Range, everywhere: bool = False) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout) -> Tensor:
-    """`fake_quant.fake_quantize` with a range that is given.
+    """`functional.fake_quantize` with a range that is given.
 
     Args:
         x: what `fake.takes` takes.
@@ -202,7 +202,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout) 
 
 
 def dynamic_fake_quantize(x: Tensor, layout: Layout) -> Tensor:
-    """`fake_quant.dynamic_fake_quantize`: each row with its own range."""
+    """`functional.dynamic_fake_quantize`: each row with its own range."""
     return _quantize(x, _Range(layout), everywhere=True)
 
 
@@ -259,7 +259,7 @@ class _LSQ(torch.autograd.Function):
 
 
 def lsq_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout, factor: float) -> Tensor:
-    """`fake_quant.lsq_fake_quantize`.
+    """`functional.lsq_fake_quantize`.
 
     Args:
         scale, zero_point: float32, `[layout.scales]` elements.

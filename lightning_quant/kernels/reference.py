@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.fake_quant import dynamic_fake_quantize, fake_quantize
+from lightning_quant.functional import dynamic_fake_quantize, fake_quantize
 from lightning_quant.numerics import dequantize
 from lightning_quant.packing import unpack, unpack_zero_point
 from lightning_quant.spec import QuantSpec

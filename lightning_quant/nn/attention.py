@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.fake_quant import from_sources
+from lightning_quant.functional import from_sources
 from lightning_quant.nn.base import QuantizedModule
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.linear import PackedLinear

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.fake_quant import NARROWEST, FakeQuantize
 from lightning_quant.methods import get_method
 from lightning_quant.nn.base import QuantizedModule, Setup
 from lightning_quant.nn.packed import PackedModule
@@ -31,6 +31,10 @@ class FakeModule(QuantizedModule):
     adapter: list[Any]
     # whether the weights are on their grids for good
     settled = False
+    # integers that are narrower have so many bits for now
+    min_bits = NARROWEST
+    # whether activations are quantized where weights are; of what has no quantizer for them, this alone says so
+    quantizes_activations = True
 
     def attach(self, setup: Setup) -> None:
         """Add the quantizers to a module whose class was just changed, and find its weights' ranges."""
@@ -98,7 +102,11 @@ class FakeModule(QuantizedModule):
         quantizer, weight = getattr(self, f"{name}_fake_quant"), self.effective_weight(name)
         if quantizer.quantizing and not quantizer.has_range:
             quantizer.observe(weight)  # a float checkpoint was loaded: the weight itself is all it takes
-        return quantizer(weight)
+        quantized: Tensor = quantizer(weight)
+        if quantizer.share == 1.0 or not (self.training and quantizer.quantizing and weight.requires_grad):
+            return quantized
+        chosen = torch.rand(weight.shape, device=weight.device) < quantizer.share
+        return torch.where(chosen, quantized, weight)
 
     def fake_input(self, x: Tensor, name: str = "input") -> Tensor:
         quantizer = getattr(self, f"{name}_fake_quant")
@@ -118,6 +126,21 @@ class FakeModule(QuantizedModule):
         for name, child in self.named_children():
             if isinstance(child, FakeQuantize):
                 yield name.removesuffix("_fake_quant"), child
+
+    def widen(self, bits: int) -> bool:
+        """From now on have at least so many bits in every integer, with new ranges where this changes anything.
+
+        Returns:
+            whether it does.
+        """
+        self.min_bits = bits
+        changed = [(name, quantizer) for name, quantizer in self.quantizers() if quantizer.widen(bits)]
+        for name, quantizer in changed:
+            if quantizer.is_weight:
+                self._observe_weight(name)
+            else:
+                quantizer.renew()
+        return bool(changed)
 
     def observe_weights(self) -> None:
         """Find the ranges of the weights as they are now."""
@@ -189,26 +212,44 @@ class FakeModule(QuantizedModule):
 
     def _describe(self) -> dict[str, Any]:
         flags = {  # 0 or 1: a distributed checkpoint loads only into a tensor of the same length
-            "quantizing": int(all(quantizer.quantizing for _, quantizer in self.quantizers())),
+            "quantizing": int(all(quantizer.quantizing for _, quantizer in self.quantizers() if quantizer.is_weight)),
+            "activations": int(
+                self.quantizes_activations
+                and all(quantizer.quantizing for _, quantizer in self.quantizers() if not quantizer.is_weight)
+            ),
             "frozen": int(not all(quantizer.observing for _, quantizer in self.quantizers() if quantizer.is_weight)),
         }
-        return {**super()._describe(), **flags, "setup": self.setup.to_dict()}
+        return {**super()._describe(), **flags, "bits": self.min_bits, "setup": self.setup.to_dict()}
 
     def _where(self) -> str:
         return f", {self.setup.name!r}," if self.setup.name else ""
 
     def _restore(self, found: dict[str, Any]) -> None:
+        self.restore_flags(found["quantizing"], found["activations"], found["bits"], following=not found["frozen"])
+
+    def restore_flags(self, quantizing: int, activations: int, bits: int, *, following: bool) -> None:
+        """Flags as a checkpoint has them; ranges are the checkpoint's, too.
+
+        Args:
+            quantizing, activations: whether weights are quantized, and activations.
+            bits: as in `widen`.
+            following: whether ranges of weights follow the weights.
+        """
+        self.min_bits, self.quantizes_activations = bits, bool(activations)
         for _, quantizer in self.quantizers():
-            quantizer.quantizing = bool(found["quantizing"])
+            quantizer.widen(bits)
+            quantizer.quantizing = bool(quantizing if quantizer.is_weight else activations)
             if quantizer.is_weight:
-                quantizer.observing = not found["frozen"]
+                quantizer.observing = following
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys = args[2]
         if f"{prefix}_extra_state" in missing_keys:  # a float checkpoint: its quantizers start afresh
             missing_keys.remove(f"{prefix}_extra_state")
+            self.min_bits, self.quantizes_activations = NARROWEST, True
             for _, quantizer in self.quantizers():
+                quantizer.widen(self.min_bits)
                 quantizer.quantizing = False
                 quantizer.observing = quantizer.is_weight
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.fake_quant import FakeQuantize, from_sources
+from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.functional import from_sources
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
 from lightning_quant.numerics import MIN_SCALE

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_quant.fake_quant import dynamic_fake_quantize
+from lightning_quant.fake_quant import widened
+from lightning_quant.functional import dynamic_fake_quantize
 from lightning_quant.kernels import run_linear
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule
@@ -169,10 +170,11 @@ class _FakeRecurrent(_Recurrent, FakeModule):
 
     def quantizes_input(self) -> QuantSpec | None:
         """The fused kernel runs until fake quantization starts."""
-        return self.scheme.input if all(quantizer.quantizing for _, quantizer in self.quantizers()) else None
+        quantizing = self.quantizes_activations and all(quantizer.quantizing for _, quantizer in self.quantizers())
+        return widened(self.scheme.input, self.min_bits) if quantizing and self.scheme.input is not None else None
 
     def project(self) -> Project:
-        weights, spec = self.float_weights(), self.scheme.input
+        weights, spec = self.float_weights(), self.quantizes_input()
         assert spec is not None
         return lambda name, x, bias: F.linear(dynamic_fake_quantize(x, spec), weights[name], bias)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_quant.fake_quant import from_sources
+from lightning_quant.functional import from_sources
 from lightning_quant.kernels import run_linear
 from lightning_quant.nn.fake import FakeModule
 from lightning_quant.nn.packed import PackedModule

@@ -98,11 +98,13 @@ def fit(
     """Train to the end and save `final.ckpt`.
 
     Args:
-        options: more of `QATCallback`'s; with `scale_lr` the optimizer has one group.
+        options: more of `QATCallback`'s, `bits` as pairs; with `scale_lr` the optimizer has one group.
         mode: "epoch": a plain DataLoader, checkpoints after each epoch's validation; "step": a stateful one, without
             validation, and a checkpoint at every third optimizer step but one.
     """
     torch.set_num_threads(1)
+    if options and "bits" in options:  # keys of JSON are strings
+        options = {**options, "bits": dict(options["bits"])}
     L.seed_everything(seed, verbose=False)
     loader = (StatefulDataLoader if mode == "step" else DataLoader)(Noisy(), 4, shuffle=True)
     every: dict[str, Any] = {"every_n_train_steps": 2} if mode == "step" else {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant.calibration import quantizers
-from lightning_quant.fake_quant import METHODS
+from lightning_quant.methods import METHODS
 from lightning_quant.surgery import fake_modules, packed_modules
 from tests.callbacks.selective_worker import STRATEGIES, train
 from tests.digits import Classifier, Digits, accuracy, trainer
@@ -57,7 +57,8 @@ def decaying(trained: Classifier) -> Decaying:
 def test_the_rest_does_not_move(rest: str, method: str, trained: Classifier) -> None:
     model = decaying(trained)
     before = weights(model)
-    host = fit(model, lq.QATCallback("w4a4", method=method, train=TRAIN, rest=rest))
+    recipe = lq.Recipe("w4a4", bits=METHODS[method].bits, edges=None)
+    host = fit(model, lq.QATCallback(recipe, method=method, train=TRAIN, rest=rest))  # type: ignore[arg-type]
     after = weights(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith(TRAINED)}

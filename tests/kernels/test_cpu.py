@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.fake_quant import dynamic_fake_quantize
+from lightning_quant.functional import dynamic_fake_quantize
 from lightning_quant.kernels import cpu, native, reference
 from lightning_quant.numerics import calc_qparams, qparams_shape, quantize, to_groups
 from lightning_quant.packing import pack, pack_zero_point

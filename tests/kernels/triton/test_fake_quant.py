@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.fake_quant import FakeQuantize, fake_quantize, lsq_fake_quantize
+from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.functional import fake_quantize, lsq_fake_quantize
 from lightning_quant.methods import METHODS
 from lightning_quant.numerics import calc_qparams, qparams_shape, to_groups
 from lightning_quant.spec import QuantSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_quant.fake_quant import fake_quantize
+from lightning_quant.functional import fake_quantize
 from lightning_quant.kernels import triton
 from lightning_quant.spec import QuantSpec
 from tests.kernels.triton import only_compiled

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.fake_quant import dynamic_fake_quantize
+from lightning_quant.functional import dynamic_fake_quantize
 from lightning_quant.numerics import calc_qparams, dynamic_qparams, quantize, quantize_rows
 from lightning_quant.spec import QuantSpec
 from tests.helpers import spec_id
