@@ -92,8 +92,9 @@ class QATCallback(L.Callback):
             paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does `ReduceLROnPlateau`: the float model's would never
             be reached again. Files already written stay.
         train: patterns, as in a `Recipe`, of the modules that are trained, with all that is in them; or what `lq.sensitivity`
-            found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn. The rest is
-            frozen for the fit, BatchNorm statistics included. None: everything.
+            found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn, or of a
+            packed model, whatever the recipe here, the scales of its weights (EfficientQAT's E2E-QP, arXiv:2407.11062, section
+            3.3). The rest is frozen for the fit, BatchNorm statistics included. None: everything.
         rest: `"quantized"`, or `"float"`: what of the rest the recipe would quantize stays in float.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and
@@ -164,11 +165,15 @@ class QATCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._prepare(trainer, pl_module, stage)
+        if self.selection.scales and is_packed(pl_module) and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "QATCallback train='scales': packed scales do not train where they are sharded: use strategy='ddp'"
+            )
         if stage == "fit":
             self._freeze(pl_module)  # before optimizers are made and DDP takes its parameters
 
     def _freeze(self, module: L.LightningModule) -> None:
-        if is_prepared(module):
+        if is_prepared(module) or (self.selection.scales and is_packed(module)):
             with _told():
                 self.selection.freeze(module)
 

@@ -198,6 +198,66 @@ def test_beside_distillation(trained: Classifier) -> None:
     assert moved == {name for name in before if name.startswith(TRAINED)}
 
 
+# --- scales of packed models ----------------------------------------------------------------------------------------
+
+
+class Still(Decaying):
+    """Takes only what is to be trained, as an optimizer with a state for every weight would not fit."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([value for value in self.parameters() if value.requires_grad], 1e-3)
+
+
+def packed(trained: Classifier, algorithm: bool = True) -> Any:
+    model = Still(lr=1e-3)
+    model.load_state_dict(trained.state_dict())
+    options = {"block_ap": {"iterations": 20}}
+    kept = {"algorithms": ["block_ap"], "algorithm_options": options} if algorithm else {}
+    recipe = lq.Recipe(lq.QuantScheme(lq.QuantSpec(2, symmetric=False)), **kept)
+    return lq.quantize(model, recipe, datamodule=Digits(), calibration_batches=4)
+
+
+def test_scales_of_a_packed_model_train_end_to_end(trained: Classifier, tmp_path: Path) -> None:
+    """EfficientQAT: blocks first, then the scales of what is packed; codes and everything else stay."""
+    model = packed(trained)
+    before, start = {name: value.clone() for name, value in model.state_dict().items()}, accuracy(model)
+    host = fit(model, lq.QATCallback(train="scales"), epochs=3, limit_train_batches=1.0, gradient_clip_val=1.0)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    names = {f"{name}.weight_scale" for name in packed_modules(model)}
+    assert moved - {name for name in moved if name.startswith("accuracy")} == names
+    assert len(names) == 5
+    assert not any(value.requires_grad for name, value in model.named_parameters() if name in names)
+    assert accuracy(model) > start
+    path = tmp_path / "packed.ckpt"
+    host.save_checkpoint(path)
+    assert accuracy(lq.load_from_checkpoint(Still, path)) == accuracy(model)
+
+
+def test_a_packed_run_resumes_to_the_bit(trained: Classifier, tmp_path: Path) -> None:
+    def run(folder: str, resume: str | None = None) -> dict[str, Tensor]:
+        model = packed(trained, algorithm=False)
+        L.seed_everything(0 if resume is None else 1, verbose=False)
+        saves = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        callbacks = (lq.QATCallback(train="scales"), lq.DistillationCallback(trained, alpha=0.5), lq.RandomStateCallback(), saves)
+        host = trainer(3, *callbacks, enable_checkpointing=True, limit_train_batches=4, num_sanity_val_steps=0)
+        host.fit(model, datamodule=Digits(), ckpt_path=resume)
+        return model.state_dict()
+
+    whole = run("whole")
+    assert_same_state(run("again", str(tmp_path / "whole" / "epoch=0.ckpt")), whole)
+
+
+def test_a_packed_model_without_such_scales_says_so() -> None:
+    class Table(Decaying):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.EmbeddingBag(10, 10)
+
+    model = lq.quantize(Table(), lq.Recipe("w8a16", schemes={"net": "w8a16"}))
+    with pytest.raises(MisconfigurationException, match=r"or a packed model has none that could learn \(linear layers"):
+        fit(model, lq.QATCallback(train="scales"))
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
