@@ -118,8 +118,9 @@ def apply_block_ap(
     Args:
         iterations: steps of Adam.
         batches: calibration batches that each step sees; None: as few as hold 512 tokens, or other positions.
-        rate: of the weights in the first step, in units of a code; it falls to 0 linearly. By default `4 / iterations`.
-        scale_rate: of the scales, as a factor of themselves, and of the zero points, in codes. By default a quarter of `rate`.
+        rate: of the weights in the first step, in units of a code; it falls to 0 linearly. By default `0.4 / iterations`:
+            one that is too large moves all weights at random, and the start is kept.
+        scale_rate: of the scales, as a factor of themselves, and of the zero points, in codes. By default `1 / iterations`.
         dtype: autocast's, such as `"bfloat16"`, for a unit's forward and backward passes; None: no autocast; `"auto"`: bfloat16
             where the machine multiplies it natively.
     """
@@ -129,8 +130,8 @@ def apply_block_ap(
     learned = {}
     for name, module in modules.items():
         learned[name] = TrainedGrid(weight_matrix(module), *weight_quantizer(module).qparams(), weight_spec(module))
-    first = rate or min(4.0 / iterations, 1.0)
-    rates = (first, scale_rate or first / 4, scale_rate or first / 4)
+    of_scales = scale_rate or 1.0 / iterations
+    rates = (rate or 0.4 / iterations, of_scales, of_scales)
     kind = autocast_dtype(dtype, next(iter(modules.values())).get_weight("weight").device)
     size = batches or enough_batches(unit)
     least = float("inf")
