@@ -160,7 +160,8 @@ def add_terms(model: nn.Module, optimizer: torch.optim.Optimizer, strength: floa
     held = {id(value) for group in optimizer.param_groups for value in group["params"]}
     for fake in fake_modules(model).values():
         for _, quantizer in fake.quantizers():
-            if quantizer.rule.regularization and quantizer.learned and quantizer.quantizing and id(quantizer.scale) in held:
+            moves = quantizer.learned and quantizer.quantizing and quantizer.scale.requires_grad
+            if quantizer.rule.regularization and moves and id(quantizer.scale) in held:
                 _add(quantizer.scale, 2 * quantizer.rule.regularization * quantizer.scale.detach())
     if not strength:
         return
