@@ -12,7 +12,7 @@ from lightning_quant.mixed import Sensitivity
 from lightning_quant.plan import Plan
 from lightning_quant.recipe import _patterns, matches
 from lightning_quant.sharding import reshard
-from lightning_quant.surgery import fake_modules
+from lightning_quant.surgery import fake_modules, packed_modules
 
 # of the summed costs of a sensitivity ranking: what its layers that are trained make up together
 SHARE = 0.9
@@ -50,13 +50,24 @@ def find_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return found
 
 
+def packed_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The float32 scales of packed weights whose operators have a gradient by them: linear layers' and convolutions'."""
+    found = {}
+    for name, module in packed_modules(model).items():
+        scale = module._parameters.get("weight_scale")
+        if scale is not None and module.operator in ("linear", "conv"):
+            found[f"{name}.weight_scale".lstrip(".")] = scale
+    return found
+
+
 class Selection:
     """What is trained, and what becomes of the rest.
 
     Args:
         train: patterns of modules (all that is in them is trained, and a BatchNorm that is folded into them); a `Sensitivity`: the
             fewest layers that together make up `SHARE` of its costs; `SCALES`: learned scales and zero points, and no weights;
-            None: all.
+            of a packed model the scales of its weights, whose codes stay (Chen et al. 2024, EfficientQAT, arXiv:2407.11062,
+            section 3.3: E2E-QP); None: all.
         rest: `"quantized"`: the rest is quantized, too, and stands still; `"float"`: it is not quantized.
 
     Raises:
@@ -79,7 +90,7 @@ class Selection:
             raise ValueError(f"rest='float' with train={train!r} leaves no rest that could be in float: name layers by train=[...]")
         self.rest = rest
         self._model: nn.Module | None = None
-        self._before: set[str] = set()  # names of frozen parameters
+        self._before: dict[str, bool] = {}  # `requires_grad` of the parameters where it was changed
         self._norms: list[nn.Module] = []
 
     def cut(self, model: nn.Module, plan: Plan) -> Plan:
@@ -121,16 +132,20 @@ class Selection:
         self.release()
         trained = self._trained(model)
         parameters = {id(value) for part in trained for value in part.parameters()}
-        if not any(value.requires_grad and id(value) in parameters for value in model.parameters()):
-            why = "the method learns no scales" if self.scales else "its parameters have requires_grad=False, or it has none"
+        packed = {id(value) for value in packed_scales(model).values()} if self.scales else set()
+        if not packed and not any(value.requires_grad and id(value) in parameters for value in model.parameters()):
+            why = "its parameters have requires_grad=False, or it has none"
+            if self.scales:
+                why = "the method learns no scales, or a packed model has none that could learn (linear layers and convolutions do)"
             raise ValueError(f"train={SCALES if self.scales else self.patterns!r} leaves nothing to be trained: {why}")
         moving = {id(part) for part in trained}
         self._model = model
         self._norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and id(part) not in moving]
         for name, value in model.named_parameters():
-            if value.requires_grad and id(value) not in parameters:
-                self._before.add(name)
-                value.requires_grad_(False)
+            wanted = id(value) in packed or (value.requires_grad and id(value) in parameters)
+            if wanted != value.requires_grad:
+                self._before[name] = value.requires_grad
+                value.requires_grad_(wanted)
                 value.grad = None  # optimizers pass over it, weight decay included
 
     def still(self) -> list[nn.Module]:
@@ -146,8 +161,9 @@ class Selection:
             reshard(self._model)
             for name, value in self._model.named_parameters():  # sharding has replaced them
                 if name in self._before:
-                    value.requires_grad_(True)
-        self._model, self._before, self._norms = None, set(), []
+                    value.requires_grad_(self._before[name])
+                    value.grad = None
+        self._model, self._before, self._norms = None, {}, []
 
     def _trained(self, model: nn.Module) -> list[nn.Module]:
         """The modules whose parameters are trained."""

@@ -22,6 +22,7 @@ RECIPES = {
     "gptq": lq.Recipe("w4a16", group_size=8, algorithms=["awq", "gptq"]),
     "smoothquant": lq.Recipe("w8a8", algorithms=["smoothquant"]),
     "autoround": lq.Recipe("w4a16", group_size=8, algorithms=["autoround"], algorithm_options={"autoround": {"iterations": 4}}),
+    "block_ap": lq.Recipe("w4a16", group_size=8, algorithms=["block_ap"], algorithm_options={"block_ap": {"iterations": 8}}),
     "adaround": lq.Recipe("w4a16", group_size=8, algorithms=["adaround"], algorithm_options={"adaround": {"iterations": 8}}),
     "images": lq.Recipe(
         lq.QuantScheme(lq.QuantSpec(4, granularity="tensor"), lq.QuantSpec(8, symmetric=False, granularity="tensor")),

@@ -170,7 +170,9 @@ def test_two_ranks_do_as_well_as_one_process(name: str, ranks: list[dict[str, An
         packed = build_packed(make(), state, where)
         errors[where] = sum((packed(x) - make()(x)).square().mean().item() for x in data(0, 1))
     assert errors["two"] < 1.25 * errors["one"]
-    assert errors["two"] < (1.2 if name in ("autoround", "adaround") else 1.0) * errors["nearest"]  # a few steps on two blocks
+    assert (
+        errors["two"] < (1.2 if name in ("autoround", "block_ap", "adaround") else 1.0) * errors["nearest"]
+    )  # a few steps on two blocks
 
 
 def run_one(name: str) -> dict[str, Tensor]:

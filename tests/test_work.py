@@ -53,7 +53,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gptq", "awq+gptq", "autoround", "adaround-head", "smoothquant", "static-gptq"])
+@pytest.mark.parametrize("name", ["gptq", "awq+gptq", "autoround", "block_ap", "adaround-head", "smoothquant", "static-gptq"])
 def test_killed_at_three_blocks(name: str, tmp_path: Path) -> None:
     """Each run does a few units more and is killed; the last one finishes."""
     stops, folder, out = sorted(random.Random(name).sample(range(1, BLOCKS), 3)), tmp_path / "work", tmp_path / "out.pt"

@@ -42,6 +42,9 @@ def recipe(name: str) -> lq.Recipe:
         "autoround": lambda: lq.Recipe(
             "w4a16", algorithms=["autoround"], algorithm_options={"autoround": {"iterations": 6, "batches": 2}}, **weights
         ),
+        "block_ap": lambda: lq.Recipe(
+            "w2a16", algorithms=["block_ap"], algorithm_options={"block_ap": {"iterations": 6, "batches": 2}}, **weights
+        ),
         "adaround-head": lambda: lq.Recipe(
             "w4a16",
             schemes={"lm_head": "w8a16"},

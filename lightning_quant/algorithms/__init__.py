@@ -7,6 +7,7 @@ from lightning_quant.algorithms.autoround import AUTOROUND
 from lightning_quant.algorithms.awq import AWQ
 from lightning_quant.algorithms.base import Algorithm, check_options, check_order
 from lightning_quant.algorithms.bias_correction import BIAS_CORRECTION
+from lightning_quant.algorithms.block_ap import BLOCK_AP
 from lightning_quant.algorithms.equalization import EQUALIZATION
 from lightning_quant.algorithms.gptq import GPTQ
 from lightning_quant.algorithms.smoothquant import SMOOTHQUANT
@@ -19,6 +20,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gptq": GPTQ,
     "adaround": ADAROUND,
     "autoround": AUTOROUND,
+    "block_ap": BLOCK_AP,
     "bias_correction": BIAS_CORRECTION,
 }
 

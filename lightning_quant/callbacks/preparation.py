@@ -46,7 +46,7 @@ class Preparation:
 
     def freeze(self, module: L.LightningModule) -> None:
         """Freeze what is not trained."""
-        if is_prepared(module):
+        if is_prepared(module) or (self.selection.scales and is_packed(module)):
             with told():
                 self.selection.freeze(module)
 
@@ -63,6 +63,10 @@ class Preparation:
                 f"leave it out, or use strategy='ddp'"
             )
         if is_packed(module):
+            if self.selection.scales and isinstance(trainer.strategy, ModelParallelStrategy):
+                raise MisconfigurationException(
+                    "QATCallback train='scales': packed scales do not train where they are sharded: use strategy='ddp'"
+                )
             return False
         if stage == "fit":
             self.schedule.check_trainer(trainer)

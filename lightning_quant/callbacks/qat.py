@@ -80,8 +80,9 @@ class QATCallback(L.Callback):
             score of `EarlyStopping`, and the best scores and paths of a `ModelCheckpoint(monitor=...)`, start afresh, and so does
             `ReduceLROnPlateau`: the float model's would never be reached again. Files already written stay.
         train: patterns, as in a `Recipe`, of the modules that are trained, with all that is in them; or what `lq.sensitivity`
-            found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn. The rest is
-            frozen for the fit, BatchNorm statistics included. None: everything.
+            found: the fewest layers that together make up 90 % of the costs; `"scales"`: only what quantizers learn, or of a
+            packed model, whatever the recipe here, the scales of its weights (EfficientQAT's E2E-QP, arXiv:2407.11062, section
+            3.3). The rest is frozen for the fit, BatchNorm statistics included. None: everything.
         rest: `"quantized"`, or `"float"`: what of the rest the recipe would quantize stays in float.
 
     Times are epochs (int) or fractions of the training (float in 0..1). Logs `quant/quantizing`, `quant/observing` and

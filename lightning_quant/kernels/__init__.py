@@ -233,12 +233,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiable(op: Any, kernel: Callable[..., Tensor]) -> None:
-    """The gradient by `x` and `bias`, through the straight-through estimator: the reference kernel, differentiated by autograd."""
+    """The gradient by `x`, the weight's scale and `bias`, through the straight-through estimator: the reference kernel's."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if slot is None else slot[0] for slot in ctx.arguments]
-        wanted = [index for index in (0, 4) if ctx.needs_input_grad[index]]
+        wanted = [index for index in (0, 2, 4) if ctx.needs_input_grad[index]]
         with torch.enable_grad():
             for index in wanted:
                 inputs[index] = inputs[index].detach().requires_grad_()
@@ -257,18 +257,18 @@ _differentiable(conv, reference.conv)
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """A float input is not kept: the gradient of a linear function does not depend on where it is taken."""
+    """A float input is not kept for its own gradient, which does not depend on where it is taken."""
     x, packed, scale, zero_point, bias, input_scale, input_zero_point, *rest = inputs
     ctx.rest, ctx.bias_dtype = rest, None if bias is None else bias.dtype
-    ctx.save_for_backward(x if rest[2] else None, packed, scale, zero_point, input_scale, input_zero_point)
+    ctx.save_for_backward(x if rest[2] or scale.requires_grad else None, packed, scale, zero_point, input_scale, input_zero_point)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by `x`, through the straight-through estimator, and `bias`; the weight is dequantized again."""
+    """The gradients by `x`, through the straight-through estimator, the scale and `bias`; the weight is dequantized again."""
     x, packed, scale, zero_point, input_scale, input_zero_point = ctx.saved_tensors
     features, weight_spec, input_spec, backend = ctx.rest
     spec, by_input = _specs(weight_spec, input_spec)
-    by_x = by_bias = None
+    by_x = by_scale = by_bias = None
     if ctx.needs_input_grad[0]:
         shape = (packed.shape[0], features)
         function = select("dequantize", packed, spec, None, backend)
@@ -285,7 +285,15 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             (by_x,) = torch.autograd.grad(rounded, leaf, by_x)
     if ctx.needs_input_grad[4]:
         by_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return by_x, None, None, None, by_bias, *[None] * 6
+    if ctx.needs_input_grad[2]:
+        shape = (packed.shape[0], features)
+        rounded = reference.quantize_input(x, input_scale, input_zero_point, by_input).reshape(-1, features)
+        by_weight = (grad.reshape(-1, grad.shape[-1]).t() @ rounded.to(grad.dtype)).float()
+        with torch.enable_grad():
+            leaf = scale.detach().requires_grad_()
+            weight = reference.dequantize_weight(packed, leaf, zero_point, shape, 0, spec)
+        (by_scale,) = torch.autograd.grad(weight, leaf, by_weight)
+    return by_x, None, by_scale, None, by_bias, *[None] * 6
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_context)
@@ -305,11 +313,11 @@ def _bound(
     return lambda *args: function(*args, *specs)
 
 
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_plain(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody traces, differentiates or wraps a call, so that it need not be an operator's."""
     if type(x) is not Tensor or type(weight) not in (Tensor, Parameter) or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
@@ -331,7 +339,7 @@ def run_linear(
 ) -> Tensor:
     """The operator `linear`; called past torch's dispatcher, which takes longer than a small product, where that is the same."""
     args = (x, weight_packed, weight_scale, weight_zero_point, bias, input_scale, input_zero_point, in_features)
-    if _is_plain(x, weight_packed, bias):
+    if _is_plain(x, weight_packed, weight_scale, bias):
         forced = os.environ.get("LQ_BACKEND", "")
         return _bound("linear", x.device.type, x.dtype, weight_spec, input_spec, backend, forced)(*args)
     return linear(*args, weight_spec, input_spec, backend)
@@ -340,7 +348,7 @@ def run_linear(
 def run_conv(x: Tensor, weight_packed: Tensor, *args: Any) -> Tensor:
     """The operator `conv`, in the same way."""
     *given, weight_spec, input_spec, backend = args
-    if _is_plain(x, weight_packed, given[2]):
+    if _is_plain(x, weight_packed, given[0], given[2]):
         forced = os.environ.get("LQ_BACKEND", "")
         return _bound("conv", x.device.type, x.dtype, weight_spec, input_spec, backend, forced)(x, weight_packed, *given)
     return conv(x, weight_packed, *args)

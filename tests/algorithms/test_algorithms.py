@@ -188,6 +188,8 @@ BAD_VALUES: list[tuple[str, str, object, str]] = [
     ("autoround", "iterations", 0, "at least 1"),
     ("autoround", "batches", -2, "at least 1"),
     ("autoround", "dtype", "int8", "'auto' or 'bfloat16' or 'float16' or None"),
+    ("block_ap", "rate", 2, "from 1e-06 to 1"),
+    ("block_ap", "scale_rate", "slow", "must be float or None"),
     ("adaround", "iterations", 2.5, "must be int"),
     ("adaround", "warmup", 1.0, "from 0 to 0.99"),
     ("equalization", "sweeps", "many", "must be int"),

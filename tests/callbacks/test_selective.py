@@ -67,7 +67,38 @@ def test_the_rest_does_not_move(rest: str, method: str, trained: Classifier) -> 
     names = {"net.conv2", "net.head"}
     everything = {"net.stem.0", "net.conv1", "net.shortcut.0", *names}
     assert set(fake_modules(model)) == set(packed_modules(host.quantize())) == (everything if rest == "quantized" else names)
-    assert accuracy(host.quantize()) > 60
+    if method in ("ste", "lsq"):  # what transforms the weights of all layers, or takes their codes away, needs all to be trained
+        assert accuracy(host.quantize()) > 60
+
+
+LEARNING = [
+    (name, oscillation)
+    for name, method in METHODS.items()
+    for oscillation in (None, "freeze", "dampen")
+    if method.learns and (oscillation is None or method.weight.transform is None)
+]
+
+
+@pytest.mark.parametrize(("method", "oscillation"), LEARNING)
+def test_what_quantizers_of_the_rest_have_learned_stands_still(method: str, oscillation: Any, trained: Classifier) -> None:
+    def learned(model: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in model.named_parameters() if "fake_quant" in name}
+
+    begun: dict[str, Tensor] = {}
+
+    class Watch(L.Callback):
+        """Activations start from what the first batch has."""
+
+        def on_train_epoch_start(self, host: Any, module: Any) -> None:
+            if host.current_epoch == 1:
+                begun.update(learned(module))
+
+    model = decaying(trained)
+    recipe = "w2a2" if method == "ternary" else "w4a4"
+    fit(model, lq.QATCallback(recipe, method=method, train=TRAIN, oscillation=oscillation), Watch())
+    moved = {name for name, value in learned(model).items() if not torch.equal(value, begun[name])}
+    assert moved
+    assert all(name.startswith(TRAINED) for name in moved)
 
 
 def test_learned_scales_of_the_rest_stand_still_and_alone_they_learn(trained: Classifier) -> None:
@@ -197,6 +228,66 @@ def test_beside_distillation(trained: Classifier) -> None:
     fit(model, lq.QATCallback("w2a2", method="lsq", train=TRAIN), lq.DistillationCallback(alpha=1.0))
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.startswith(TRAINED)}
+
+
+# --- scales of packed models ----------------------------------------------------------------------------------------
+
+
+class Still(Decaying):
+    """Takes only what is to be trained, as an optimizer with a state for every weight would not fit."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([value for value in self.parameters() if value.requires_grad], 1e-3)
+
+
+def packed(trained: Classifier, algorithm: bool = True) -> Any:
+    model = Still(lr=1e-3)
+    model.load_state_dict(trained.state_dict())
+    options = {"block_ap": {"iterations": 20}}
+    kept = {"algorithms": ["block_ap"], "algorithm_options": options} if algorithm else {}
+    recipe = lq.Recipe(lq.QuantScheme(lq.QuantSpec(2, symmetric=False)), **kept)
+    return lq.quantize(model, recipe, datamodule=Digits(), calibration_batches=4)
+
+
+def test_scales_of_a_packed_model_train_end_to_end(trained: Classifier, tmp_path: Path) -> None:
+    """EfficientQAT: blocks first, then the scales of what is packed; codes and everything else stay."""
+    model = packed(trained)
+    before, start = {name: value.clone() for name, value in model.state_dict().items()}, accuracy(model)
+    host = fit(model, lq.QATCallback(train="scales"), epochs=3, limit_train_batches=1.0, gradient_clip_val=1.0)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    names = {f"{name}.weight_scale" for name in packed_modules(model)}
+    assert moved - {name for name in moved if name.startswith("accuracy")} == names
+    assert len(names) == 5
+    assert not any(value.requires_grad for name, value in model.named_parameters() if name in names)
+    assert accuracy(model) > start
+    path = tmp_path / "packed.ckpt"
+    host.save_checkpoint(path)
+    assert accuracy(lq.load_from_checkpoint(Still, path)) == accuracy(model)
+
+
+def test_a_packed_run_resumes_to_the_bit(trained: Classifier, tmp_path: Path) -> None:
+    def run(folder: str, resume: str | None = None) -> dict[str, Tensor]:
+        model = packed(trained, algorithm=False)
+        L.seed_everything(0 if resume is None else 1, verbose=False)
+        saves = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        callbacks = (lq.QATCallback(train="scales"), lq.DistillationCallback(trained, alpha=0.5), lq.RandomStateCallback(), saves)
+        host = trainer(3, *callbacks, enable_checkpointing=True, limit_train_batches=4, num_sanity_val_steps=0)
+        host.fit(model, datamodule=Digits(), ckpt_path=resume)
+        return model.state_dict()
+
+    whole = run("whole")
+    assert_same_state(run("again", str(tmp_path / "whole" / "epoch=0.ckpt")), whole)
+
+
+def test_a_packed_model_without_such_scales_says_so() -> None:
+    class Table(Decaying):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.EmbeddingBag(10, 10)
+
+    model = lq.quantize(Table(), lq.Recipe("w8a16", schemes={"net": "w8a16"}))
+    with pytest.raises(MisconfigurationException, match=r"or a packed model has none that could learn \(linear layers"):
+        fit(model, lq.QATCallback(train="scales"))
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

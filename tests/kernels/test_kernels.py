@@ -201,6 +201,27 @@ def test_gradients_by_input_and_bias(name, scheme):
     assert_close(torch.autograd.grad(only_x, x, direction)[0], by_x)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d-transposed"])
+def test_gradients_by_the_scale(name, scheme):
+    """The reference differentiated by autograd; and codes times the direction, where the input is in float."""
+    call = CALLS[name](SCHEMES[scheme], torch.float32)
+    scale = call.args[2].detach().clone().requires_grad_()
+    args = (*call.args[:2], scale, *call.args[3:])
+    out = getattr(torch.ops.lightning_quant, call.op)(*args)
+    direction = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, scale, direction)
+    reference = KERNELS["reference"].ops[call.op](*args[:-3], *call.specs)
+    assert_close(found, torch.autograd.grad(reference, scale, direction)[0])
+    assert found.shape == scale.shape
+    # with the input's
+    x = call.args[0].detach().clone().requires_grad_()
+    out = getattr(torch.ops.lightning_quant, call.op)(x, *args[1:])
+    by_x, by_scale = torch.autograd.grad(out, (x, scale), direction)
+    assert_close(by_scale, found)
+    assert by_x.abs().sum() > 0
+
+
 def networks() -> dict[str, tuple[nn.Module, Tensor]]:
     return {
         "mlp": (nn.Sequential(nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, 5)), torch.randn(4, 20)),
