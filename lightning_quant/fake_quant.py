@@ -243,8 +243,11 @@ class FakeQuantize(nn.Module):
             quantized, scale, zero_point = observed_fake_quantize(x, layout, seen)
         except NotFinite:
             return None  # `observe` tells the whole story
-        self.set_qparams(scale, zero_point)
-        self._stale = False
+        with torch.no_grad():
+            self.scale.copy_(scale.view(self.scale.shape))
+            self.zero_point.copy_(zero_point.view(self.scale.shape))
+        if self._stale or not self.has_range:
+            self.has_range, self._stale = True, False
         return quantized
 
     @torch.no_grad()
