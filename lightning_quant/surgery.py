@@ -243,7 +243,7 @@ def _check_widths(fakes: Mapping[str, FakeModule]) -> None:
         wide = [spec.bits for spec in specs if spec.bits < fake.min_bits]
         if wide:
             raise RuntimeError(
-                f"{name}: its training is at {fake.min_bits} bits so far, and its recipe has {wide[0]}: train on until the last width "
+                f"{name}: its training is at {fake.min_bits} bits so far, and its recipe has {wide[0]}: train on to the last width "
                 f"of QATCallback(bits=...); before, the model can be evaluated, but not packed"
             )
 

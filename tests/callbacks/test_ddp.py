@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.callbacks.ddp_worker import LEARNED, OBSERVERS, single
+from tests.callbacks.ddp_worker import LEARNED, OBSERVERS, SCHEDULED, single
 from tests.launching import launch
 
 pytestmark = pytest.mark.xdist_group("ddp")
@@ -60,6 +60,17 @@ def test_ddp_learned_scales_train_alike(ranks: Any, alone: Any, method: str, qua
     scales = [name for name in first["state"] if name.endswith("_fake_quant.scale")]
     start = ranks[0]["observed"]["moving_average", "w4a4"]
     assert all(not torch.equal(first["state"][name], start[name]) for name in scales)
+
+
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_ddp_schedules_train_alike(ranks: Any, alone: Any, method: str) -> None:
+    first, second = (rank["scheduled"][method] for rank in ranks)
+    expected = alone["scheduled"][method]
+    assert unequal(first["state"], second["state"]) == []
+    assert unequal(first["packed"], second["packed"]) == []
+    assert unequal(first["state"], expected["state"], 2e-3) == []
+    assert first["momentum"] == expected["momentum"]
+    assert all(first["momentum"])
 
 
 @pytest.mark.parametrize("observer", [name for name in OBSERVERS if name != "moving_average"])
