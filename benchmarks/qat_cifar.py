@@ -20,6 +20,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def draw(figure: Any, rows: list[dict[str, Any]], exact: float) -> None:
         shown.invert_yaxis()
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("LQ_DATA"), help="the data's folder; default: LQ_DATA")
     parser.add_argument("--epochs", type=int, default=5, help="of each comparison")
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--limit-test", type=int)
     parser.add_argument("--json", type=Path, help="a file to write results to as they come; rows that it has are not run again")
     parser.add_argument("--plot", type=Path, help="a picture to write; needs matplotlib")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if args.data is None or not (args.data / "cifar10" / "train.npz").is_file():
         parser.error("no data: --data (or LQ_DATA) names a folder with cifar10, see examples/cifar10.py")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

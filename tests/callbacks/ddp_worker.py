@@ -23,6 +23,10 @@ from lightning_quant.methods import METHODS
 BATCHES, BATCH, FEATURES = 6, 8, 12
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "kl")
 LEARNED = [name for name, method in METHODS.items() if method.learns]
+SCHEDULED = ("ste", "lsq", "ternary")
+# at 0.05 pact's steps of scales turn a last bit into another code: rows in another order alone move weights by 0.02; ewgs, whose
+# gradient is not linear in those that ranks average, comes to another result in proportion to its steps
+RATES = {"pact": 0.001, "ewgs": 0.005}
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -123,9 +127,19 @@ def observed(observer: str, recipe: str) -> dict[str, Tensor]:
 
 def learned(method: str, quantize_from: int) -> dict[str, Any]:
     """In a float phase learned scales are parameters that nothing uses."""
-    model = made(0.05)
+    model = made(RATES.get(method, 0.05))
     recipe = lq.Recipe("w4a4", edges=None, bits=METHODS[method].bits)
     trainer = fit(model, lq.QATCallback(recipe, method=method, quantize_from=quantize_from, scale_lr=0.5), 3)  # type: ignore[arg-type]
+    steps = [len(trainer.optimizers[0].state[part.scale]) for part in quantizers(model) if part.learned]
+    return {"state": state(model), "packed": state(trainer.quantize()), "momentum": steps}
+
+
+def scheduled(method: str) -> dict[str, Any]:
+    """Widths fall, and activations come later: learned ranges of activations start anew from a batch of all ranks."""
+    model = made(0.01)
+    options: Any = {"bits": {0: 8, 1: 4, 2: METHODS[method].bits or 3}, "quantize_activations_from": 1, "method": method}
+    recipe = lq.Recipe("w3a3", edges=None, bits=METHODS[method].bits)
+    trainer = fit(model, lq.QATCallback(recipe, quantize_from=0.2, **options), 3)
     steps = [len(trainer.optimizers[0].state[part.scale]) for part in quantizers(model) if part.learned]
     return {"state": state(model), "packed": state(trainer.quantize()), "momentum": steps}
 
@@ -150,7 +164,7 @@ def resumed(folder: Path) -> dict[str, Any]:
         model = made(0.05, norm=True, dropout=0.5)
         torch.manual_seed(seed + int(os.environ["RANK"]))
         keeper = [ModelCheckpoint(where, filename="{epoch}", save_top_k=-1)] if where else []
-        options: Any = {"scale_lr": 0.5, "oscillation": "freeze", "oscillation_threshold": 1e-3}
+        options: Any = {"scale_lr": 0.5, "oscillation": "freeze", "oscillation_threshold": 1e-3, "quant_noise": 0.7}
         callback = lq.QATCallback(lq.Recipe("w4a4", edges=None), method="ewgs", quantize_from=1, freeze_bn_at=3, **options)
         trainer = host(epochs, callback, lq.RandomStateCallback(), *keeper, enable_checkpointing=bool(keeper))
         trainer.fit(model, loader(), ckpt_path=ckpt, weights_only=True)
@@ -183,6 +197,7 @@ def single() -> dict[str, Any]:
     return {
         "observed": {(name, recipe): observed(name, recipe) for name in OBSERVERS for recipe in ("w8a8", "w4a4")},
         "learned": {(method, start): learned(method, start) for method in LEARNED for start in (0, 1)},
+        "scheduled": {method: scheduled(method) for method in SCHEDULED},
         "calibrated": {name: calibrated("w8a8", name) for name in OBSERVERS if name != "moving_average"},
     }
 
