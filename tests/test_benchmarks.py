@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -117,3 +120,38 @@ def test_a_part_without_its_files_is_skipped(tmp_path, monkeypatch, capsys):
     assert [result["title"] for result in results] == ["decode", "resnet 1"]
     assert all("names no folder" in result["missing"] for result in results)
     assert capsys.readouterr().out.count("skipped: ") == 2
+
+
+def small_cifar(folder: Path, count: int) -> None:
+    """Two classes of images, dark and light, as `examples/cifar10.py` reads them, and a float start."""
+    image = pytest.importorskip("PIL.Image")
+    (folder / "cifar10").mkdir()
+    for name in ("train", "test"):
+        label = np.arange(count) % 2
+        pixels = (60 + 120 * label)[:, None, None, None] + np.random.default_rng(0).integers(-40, 40, (count, 32, 32, 3))
+        files = []
+        for one in pixels.astype(np.uint8):
+            buffer = io.BytesIO()
+            image.fromarray(one).save(buffer, "JPEG")
+            files.append(buffer.getvalue())
+        offset = np.cumsum([0, *map(len, files)])
+        jpeg = np.frombuffer(b"".join(files), np.uint8)
+        np.savez(folder / "cifar10" / f"{name}.npz", jpeg=jpeg, offset=offset, label=label.astype(np.uint8))
+
+
+def test_qat_of_images(tmp_path, monkeypatch, capsys):
+    small_cifar(tmp_path, 512)
+    qat, file = load("qat_cifar", monkeypatch), tmp_path / "out.json"
+    save_file(qat.ResNet20().state_dict(), tmp_path / "cifar10" / "resnet20-float.safetensors")
+    given = ["--data", str(tmp_path), "--epochs", "2", "--long-epochs", "1", "--threads", "1", "--json", str(file)]
+    qat.main([*given, "--only", "w2a2 (PTQ|LSQ, distilled|best)", "--plot", str(tmp_path / "out.png")])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["method"], row["epochs"]) for row in rows] == [
+        *(("start", 0), ("PTQ, mse ranges", 0), ("LSQ, distilled", 2), ("best", 1))
+    ]
+    assert all(0 <= row["accuracy"] <= 100 for row in rows)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    capsys.readouterr()
+    qat.main([*given, "--only", "w2a2 (PTQ|LSQ, distilled)"])  # nothing is run again
+    assert json.loads(file.read_text())["rows"] == rows
+    assert "epochs" in capsys.readouterr().out
