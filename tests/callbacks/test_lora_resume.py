@@ -34,10 +34,11 @@ def equal(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def test_killed_twice_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [(BATCHES + 2,), pytest.param((BATCHES + 2, 2 * BATCHES + 3), marks=pytest.mark.slow)])
+def test_killed_and_resumed(steps: tuple[int, ...], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     assert fit(tmp_path / "whole", -1) == 0
-    for step in (BATCHES + 2, 2 * BATCHES + 3):
+    for step in steps:
         assert fit(tmp_path / "killed", step) == -signal.SIGKILL
     assert fit(tmp_path / "killed", -1) == 0
     whole, killed = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "killed"))
