@@ -248,6 +248,7 @@ CALLBACK = "fit.trainer.callbacks"
         ("fit", with_callback(quantize_from="late"), CALLBACK, "float"),
         ("fit", with_callback(freeze_bn_at=1.5), CALLBACK, "float in 0..1"),
         ("fit", with_callback(quantize_from=-1), CALLBACK, "'quantize_from'"),
+        ("fit", with_callback(bits={1: 4}), CALLBACK, "from 0 on"),
         ("fit", with_callback(frozen=1), CALLBACK, "frozen"),
         ("fit", with_callback(recipe="w9a9"), CALLBACK, "w8a8-dynamic"),
         ("fit", with_callback(recipe="missing.yaml"), CALLBACK, "missing.yaml"),

@@ -133,10 +133,10 @@ def test_a_plateau_schedule_starts_afresh() -> None:
 def test_a_callback_reused_for_another_model_starts_afresh() -> None:
     callback = lq.QATCallback("w8a8", quantize_from=1)
     trainer(2, callback).fit(Net(), loader())
-    assert callback.state_dict()["started"]
+    assert callback.state_dict()["stage"][0]
     host = trainer(1, callback)
     host.fit(Net(), loader())
-    assert not callback.state_dict()["started"]
+    assert not callback.state_dict()["stage"][0]
 
 
 # --- what a stage reaches -------------------------------------------------------------------------------------------

@@ -297,6 +297,14 @@ def never_prepared(model: Classifier, launch: Launch, path: Path) -> str:
     return "raises"
 
 
+def scheduled(model: Classifier, launch: Launch, path: Path) -> str:
+    for rank in results(launch, "fsdp2-scheduled"):
+        assert (rank["without range"], rank["widths"], rank["differs on ranks"]) == ([], [4, 8], [])
+        assert rank["accuracy"] == pytest.approx(rank["accuracy of the trained model"], abs=0.01)
+        assert rank["accuracy"] > 0.9
+    return "works"
+
+
 def gathered_in_bf16(model: Classifier, launch: Launch, path: Path) -> str:
     for rank in results(launch, "fsdp2-gathered-in-bf16"):
         assert "MixedPrecisionPolicy without param_dtype, or ignored_params" in rank["error"]
@@ -314,6 +322,7 @@ CASES: dict[str, tuple[str, str, Callable[[Classifier, Launch, Path], str]]] = {
     "`ddp_spawn`, model not prepared before the fit": ("ddp_spawn-unprepared", "ddp", spawn_unprepared),
     "`ddp_spawn`, model prepared before the fit with `lq.prepare`": ("ddp_spawn-prepared", "ddp", spawn_prepared),
     "FSDP2, layers made in `configure_model` without `lq.prepare`": ("fsdp2-never-prepared", "fsdp2", never_prepared),
+    "FSDP2, QAT (LSQ) with `bits`, `quantize_activations_from` and `quant_noise`": ("fsdp2-scheduled", "fsdp2", scheduled),
     "FSDP2, packed model, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)`": (
         "fsdp2-gathered-in-bf16",
         "fsdp2",

@@ -272,6 +272,20 @@ class Cells:
             return {"refused": str(error), "steps": host.global_step}
         return {"steps": host.global_step}
 
+    def scheduled(self) -> dict[str, Any]:
+        L.seed_everything(1, verbose=False)
+        options: Any = {"bits": {0: 8, 1: 4}, "quantize_activations_from": 0.25, "quant_noise": 0.5}
+        host = self.host(lq.QATCallback("w4a4", method="lsq", **options))
+        host.fit(self.model(), datamodule=Data(BATCH))
+        plain = plain_copy(host.lightning_module)
+        return {
+            "without range": [one.name for one in quantizers(plain) if not one.has_range],
+            "widths": sorted({one.spec.bits for one in quantizers(plain)}),
+            "differs on ranks": differs_on_ranks(dict(plain.state_dict())),
+            "accuracy": accuracy(host.quantize(), self.precision),
+            "accuracy of the trained model": accuracy(plain, self.precision),
+        }
+
     def gathered_in_bf16(self, ignores_frozen: bool) -> dict[str, Any]:
         packed: Any = copy.deepcopy(self.packed["ste"])
         packed.policy, packed.ignores_frozen = MixedPrecisionPolicy(param_dtype=torch.bfloat16), ignores_frozen
@@ -292,6 +306,7 @@ FEATURES: dict[str, Callable[[Cells], Any]] = {
 # in 32-true
 FSDP2_ONLY: dict[str, Callable[[Cells], Any]] = {
     "never-prepared": Cells.never_prepared,
+    "scheduled": Cells.scheduled,
     "gathered-in-bf16": lambda cells: cells.gathered_in_bf16(False),
     "gathered-in-bf16-ignoring-frozen": lambda cells: cells.gathered_in_bf16(True),
 }
