@@ -31,5 +31,6 @@ from lightning_quant.spec import PRESETS, QuantScheme, QuantSpec
 from lightning_quant.surgery import convert, param_groups, prepare
 from lightning_quant.text import CausalLMModule, TextDataModule
 from lightning_quant.trainer import Trainer
+from lightning_quant.unpacking import unpack
 
 __version__ = "0.1.0"

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lightning_quant.adapters import ADAPTER, RECORD, adapter_root, is_base_hook
 from lightning_quant.fitting import INFO
 from lightning_quant.loftq import round_to_grid
-from lightning_quant.nn import FakeModule, PackedModule, lookup
+from lightning_quant.nn import FakeModule, PackedModule
 from lightning_quant.qlora import as_dtype, base_recipe, pack_in_place
 from lightning_quant.recipe import Recipe
 from lightning_quant.report import table
 from lightning_quant.surgery import packed_modules, replace_modules
+from lightning_quant.unpacking import unpack_module
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,6 @@ class Merged:
         mean = [sum(row.errors[way] for row in self.rows) / count for way in ways]
         cells.append(("mean", f"{sum(row.change for row in self.rows) / count:.2e}", *(f"{value:.2e}" for value in mean)))
         return table(("layer", "change", *ways), cells)
-
-
-def unpack_module(packed: PackedModule, dtype: torch.dtype) -> nn.Module:
-    """The float module that computes what a packed one of weights alone does."""
-    found = lookup(type(packed))
-    if found is None or packed.scheme.input is not None or packed._parameters.get("pre_scale") is not None:
-        raise ValueError(
-            f"a {type(packed).__name__} that quantizes or rescales its input ({packed.scheme.label}) has no float equal"
-        )
-    kind = found[0]
-    module = kind.__new__(kind)
-    own = {"scheme", "spec_args", "_float_dtype", "_parameters", "_buffers", "_modules"}
-    nn.Module.__init__(module)
-    module.__dict__.update({key: value for key, value in packed.__dict__.items() if key not in own})
-    for name, child in packed._modules.items():
-        module.register_module(name, child)
-    for name, value in packed._buffers.items():
-        module.register_buffer(name, value)
-    for name in packed.weight_axes(packed):
-        module.register_parameter(name, nn.Parameter(packed.dequantized_weight(name).to(dtype), requires_grad=False))
-    for name in packed.optional_float:
-        bias = packed._parameters.get(name)
-        module.register_parameter(name, None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False))
-    return module
 
 
 @torch.no_grad()

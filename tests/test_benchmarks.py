@@ -1,4 +1,4 @@
-"""The speed benchmarks: what they run is right, and what is wrong is not timed."""
+"""The benchmarks: what they run is right, what is wrong is not timed, and what was measured is not measured again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.examples.test_qlora import folder  # noqa: F401
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -155,3 +157,31 @@ def test_qat_of_images(tmp_path, monkeypatch, capsys):
     qat.main([*given, "--only", "w2a2 (PTQ|LSQ, distilled)"])  # nothing is run again
     assert json.loads(file.read_text())["rows"] == rows
     assert "epochs" in capsys.readouterr().out
+
+
+def test_qat_of_a_language_model(folder, monkeypatch, capsys):  # noqa: F811
+    qat, file = load("qat_llm", monkeypatch), folder / "out.json"
+    monkeypatch.setattr(qat, "TRAIN_FROM", 4096)
+    given = ["--data", str(folder), "--model", str(folder / "m"), "--threads", "1", "--windows", "2", "--calibration", "2"]
+    given += ["--only", "w4a16|w2a16", "--length", "64", "--lr", "3e-3", "--json", str(file)]
+    qat.main([*given, "--steps", "12", "--plot", str(folder / "out.png")])
+    rows = {(row["scheme"], row["kind"]): row for row in json.loads(file.read_text())["rows"]}
+    assert set(rows) == {
+        *(("float", kind) for kind in ("float", "float, trained on")),
+        *((scheme, kind) for scheme in ("w4a16", "w2a16") for kind in ("nearest", "QAT")),
+        ("w2a16", "start"),
+    }
+    found = {key: row["perplexity"] for key, row in rows.items()}
+    assert found["float", "float, trained on"] < found["float", "float"]  # it has learned
+    assert rows["w2a16", "QAT"]["tokens"] == 12 * 2 * 64
+    assert (folder / "out.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    share = (found["w2a16", "nearest"] - found["w2a16", "QAT"]) / (found["w2a16", "nearest"] - found["float", "float"])
+    assert f"{share:.1%}" in shown
+
+    # a second run measures only what depends on what has changed
+    qat.main([*given, "--steps", "4"])
+    again = json.loads(file.read_text())["rows"]
+    assert [(row["scheme"], row["kind"]) for row in again[len(rows) :]] == [
+        *(("w4a16", "QAT"), ("w2a16", "QAT"), ("float", "float, trained on")),
+    ]

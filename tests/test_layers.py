@@ -42,6 +42,7 @@ ORDER = [
         "serialization",
         "report",
         "explain",
+        "unpacking",
         "merging",
         "mixed",
         "allocate",

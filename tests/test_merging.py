@@ -12,8 +12,8 @@ from torch import nn
 
 import lightning_quant as lq
 from lightning_quant.adapters import has_adapter
-from lightning_quant.merging import unpack_module
 from lightning_quant.surgery import is_packed, packed_modules
+from lightning_quant.unpacking import unpack_module
 from tests.helpers import assert_close
 from tests.lora_cases import KINDS, MODES, QUIET, Causal, Plain
 
