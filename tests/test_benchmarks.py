@@ -124,10 +124,10 @@ def test_a_part_without_its_files_is_skipped(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("skipped: ") == 2
 
 
-def small_cifar(folder: Path, count: int) -> None:
+def small_cifar(where: Path, count: int) -> None:
     """Two classes of images, dark and light, as `examples/cifar10.py` reads them, and a float start."""
     image = pytest.importorskip("PIL.Image")
-    (folder / "cifar10").mkdir()
+    (where / "cifar10").mkdir()
     for name in ("train", "test"):
         label = np.arange(count) % 2
         pixels = (60 + 120 * label)[:, None, None, None] + np.random.default_rng(0).integers(-40, 40, (count, 32, 32, 3))
@@ -138,7 +138,7 @@ def small_cifar(folder: Path, count: int) -> None:
             files.append(buffer.getvalue())
         offset = np.cumsum([0, *map(len, files)])
         jpeg = np.frombuffer(b"".join(files), np.uint8)
-        np.savez(folder / "cifar10" / f"{name}.npz", jpeg=jpeg, offset=offset, label=label.astype(np.uint8))
+        np.savez(where / "cifar10" / f"{name}.npz", jpeg=jpeg, offset=offset, label=label.astype(np.uint8))
 
 
 def test_qat_of_images(tmp_path, monkeypatch, capsys):
