@@ -6,6 +6,7 @@ outside of it lies between. Each becomes one call of `kernels.images`.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_quant.kernels import images, native, onednn
 from lightning_quant.kernels.images.graph import INFINITY, ConvWeight, Graph, Grid
 from lightning_quant.kernels.images.program import Program
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.setitem)
 # what a node of a region computes: operation, the nodes it is of, its numbers
 Reading = tuple[str, tuple[fx.Node, ...], tuple[Any, ...]]
 
@@ -72,43 +74,58 @@ def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 def _is_in_place(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    ends = name.endswith("_") and not name.endswith("__")
-    return (
-        bool(node.kwargs.get("inplace")) or ends or node.target in (operator.iadd, operator.isub, operator.imul, operator.setitem)
-    )
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return bool(_by_name(node).get("inplace")) or node.kwargs.get("out") is not None or node.target in _IN_PLACE
+
+
+def _by_name(node: fx.Node) -> dict[str, Any]:
+    """Arguments by name, of a function in Python; else those that were given by name."""
+    if not inspect.isfunction(node.target):
+        return dict(node.kwargs)
+    try:
+        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    except TypeError:
+        return dict(node.kwargs)
+
+
+def _given(node: fx.Node) -> Any:
+    """What a node computes with: its first argument."""
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _relu(node: fx.Node) -> Reading | None:
-    return "clamp", (node.args[0],), (0.0, INFINITY)  # type: ignore[return-value]
+    return "clamp", (_given(node),), (0.0, INFINITY)
 
 
 def _hardtanh(node: fx.Node) -> Reading | None:
-    given = _arguments(node, "input", "min_val", "max_val", "inplace")
-    given["inplace"] = False
+    given = _arguments(node, "input", "min_val", "max_val")
     return "clamp", (given["input"],), (float(given.get("min_val", -1.0)), float(given.get("max_val", 1.0)))
 
 
 def _relu6(node: fx.Node) -> Reading | None:
-    return "clamp", (node.args[0],), (0.0, 6.0)  # type: ignore[return-value]
+    return "clamp", (_given(node),), (0.0, 6.0)
 
 
 def _add(node: fx.Node) -> Reading | None:
-    if node.kwargs or len(node.args) != 2 or not all(isinstance(value, fx.Node) for value in node.args):
+    given = _arguments(node, "input", "other")
+    if set(given) != {"input", "other"}:  # alpha
         return None
-    first, second = node.args
-    return ("add", (first, second), ()) if _image(first) == _image(second) else None  # type: ignore[return-value]
+    first, second = given["input"], given["other"]
+    return ("add", (first, second), ()) if _image(first) is not None and _image(first) == _image(second) else None
 
 
 def _slice(node: fx.Node) -> Reading | None:
     """`x[:, :, ::2, ::2]`."""
-    x, index = node.args
+    x, index = _given(node), node.args[1]
     whole = slice(None)
     if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (whole, whole):
         return None
     rest = index[2:]
     steps = [part.step or 1 for part in rest if isinstance(part, slice) and part.start in (None, 0) and part.stop is None]
-    return ("slice", (x,), tuple(steps)) if len(steps) == 2 else None  # type: ignore[return-value]
+    return ("slice", (x,), tuple(steps)) if len(steps) == 2 and all(isinstance(step, int) for step in steps) else None
 
 
 def _pad(node: fx.Node) -> Reading | None:
@@ -116,7 +133,7 @@ def _pad(node: fx.Node) -> Reading | None:
     given = _arguments(node, "input", "pad", "mode", "value")
     pad = tuple(given["pad"])
     zeros = given.get("mode", "constant") == "constant" and not given.get("value")
-    if not zeros or len(pad) != 6 or any(pad[:4]) or min(pad) < 0:
+    if not zeros or len(pad) != 6 or not all(isinstance(size, int) for size in pad) or any(pad[:4]) or min(pad) < 0:
         return None
     return "pad", (given["input"],), (pad[4],)
 
@@ -150,7 +167,7 @@ def _global_pool(node: fx.Node) -> Reading | None:
 
 def _contiguous(node: fx.Node) -> Reading | None:
     """The same values in another layout, which counts only where they are returned."""
-    return "layout", (node.args[0],), ()  # type: ignore[return-value]
+    return "layout", (_given(node),), ()
 
 
 READERS: dict[Any, Callable[[fx.Node], Reading | None]] = {
@@ -181,11 +198,7 @@ def _find(graph: fx.GraphModule, layers: dict[fx.Node, Layer]) -> list[Region] |
         current = regions[-1] if regions else {}
         if reading is not None and reading[0] != "conv" and not any(_continues(value, current) for value in reading[1]):
             reading = None
-        if (
-            reading is not None
-            and _is_in_place(node)
-            and not (_continues(reading[1][0], current) and len(reading[1][0].users) == 1)
-        ):
+        if reading is not None and _is_in_place(node) and not _is_spare(reading[1][0], current):
             reading = None
         if reading is None:
             if node.op in ("call_function", "call_method") and _is_in_place(node):
@@ -203,6 +216,11 @@ def _find(graph: fx.GraphModule, layers: dict[fx.Node, Layer]) -> list[Region] |
     return regions
 
 
+def _is_spare(node: fx.Node, region: Region) -> bool:
+    """Whether a value of a region may be changed: it is no view of another, and nothing else reads it."""
+    return _continues(node, region) and region[node][0] not in ("slice", "layout") and len(node.users) == 1
+
+
 def _continues(node: Any, region: Region) -> bool:
     """Whether a node's value is in a region and can be used there: a mean is only returned."""
     return node in region and region[node][0] != "mean"
@@ -212,7 +230,7 @@ def _read(node: fx.Node, layers: dict[fx.Node, Layer]) -> Reading | None:
     if node in layers:
         return "conv", (layers[node].args["x"],), ()
     reader = READERS.get(node.target) if node.op in ("call_function", "call_method") else None
-    found = reader(node) if reader is not None and _image(node.args[0]) is not None else None
+    found = reader(node) if reader is not None and _image(_given(node)) is not None else None
     if found is None or any(_image(value) is None for value in found[1]):
         return None
     return found if found[0] == "mean" or _image(node) is not None else None

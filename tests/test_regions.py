@@ -184,3 +184,34 @@ def test_other_backends_are_respected(monkeypatch):
     assert captured(model, X)[2]
     monkeypatch.setenv("LQ_BACKEND", "onednn")
     assert not captured(model, X)[2]
+
+
+class InPlace(Net):
+    """ReLU6 in place, as `nn.ReLU6(inplace=True)` calls it, on a value that is read again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = F.hardtanh(y, 0.0, 1.0, True)
+        return self.b(F.relu(z)) + y
+
+
+def test_what_is_changed_in_place_and_read_again_is_left_alone():
+    model = lq.quantize(InPlace(), "w8a8", [X])
+    assert not captured(model, X)[2]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(lq.compile(model)(X), model(X), 2e-2)
+
+
+def test_arguments_may_be_given_by_name():
+    class Named(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.max_pool2d(input=F.relu(input=self.a(x)), kernel_size=2)
+            return torch.mean(input=torch.add(input=self.b(y), other=y), dim=(2, 3))
+
+    model = lq.quantize(Named(), "w8a8", [X])
+    graph, _, programs = captured(model, X)
+    assert len(programs) == 1
+    assert not any("relu" in str(node.target) for node in graph.graph.nodes)
+    with torch.no_grad():
+        assert_close(lq.compile(model)(X), model(X), 2e-2)
