@@ -7,9 +7,11 @@ FOLDER holds a causal language model as transformers saves it, DATA `wikitext-2/
 all linear layers but the head are quantized. Training: windows of the text past token 100,000, in bfloat16
 (`precision="bf16-mixed"`), by AdamW. Evaluation: the packed model's perplexity on the first 32 windows of 512 tokens.
 
-"nearest" rounds and does not train. "start" is where QAT starts: nearest, or what the algorithms of PTQ that `SCHEMES` names make
-of `--calibration` windows. "float, trained on" is the model trained in float on the same tokens for the same steps at the same
-rate: what the training alone is worth. Recovery is (nearest - QAT) / (nearest - reference), against the float start and this one.
+"nearest" rounds and does not train. "start" is where QAT starts: what PTQ (`ALGORITHMS`) makes of `--calibration` windows of the
+text that it trains on, whose scales learn from there (method "lsq"); or with `--from nearest` the rounded weights, whose ranges
+follow them (method "ste"). `--starts` keeps PTQ's models in a folder, for another run. "float, trained on" is the model trained in
+float on the same tokens for the same steps at the same rate: what the training alone is worth. Recovery is
+(nearest - QAT) / (nearest - reference), against the float start and this one.
 """
 
 from __future__ import annotations
@@ -41,13 +43,10 @@ import lightning_quant as lq  # noqa: E402
 from lightning_quant.report import table  # noqa: E402
 
 TRAIN_FROM = 100_000
-# the algorithms that make each scheme's start; none: nearest, and ranges follow the weights
-SCHEMES: dict[str, list[str]] = {
-    "w4a16": [],
-    "w3a16": ["awq", "autoround"],
-    "w4a8-dynamic": [],
-    "w2a16": ["awq", "autoround"],
-}
+SCHEMES = ("w4a16", "w3a16", "w4a8-dynamic", "w2a16")
+ALGORITHMS = ["awq", "autoround"]
+# what awq cannot hand to another layer would stay beside the weights, and such layers cannot be trained on
+ALGORITHM_OPTIONS = {"awq": {"explicit": False}}
 FLOAT, TRAINED, NEAREST, START, QAT = "float", "float, trained on", "nearest", "start", "QAT"
 Row = dict[str, Any]
 
@@ -96,21 +95,26 @@ class Experiment:
 
     def start(self, scheme: str) -> Any:
         """The packed model that QAT starts from; kept until it is trained."""
-        if scheme not in self.started:
-            algorithms = SCHEMES[scheme]
-            # what awq cannot hand to another layer would stay beside the weights, and such layers cannot be trained on
-            options = {name: {"explicit": False} for name in algorithms if name == "awq"}
-            recipe = lq.Recipe(self.recipe(scheme).scheme, algorithms=algorithms, algorithm_options=options)
+        if scheme in self.started:
+            return self.started[scheme]
+        folder = None if self.args.starts is None else self.args.starts / f"{scheme}-{self.args.calibration}"
+        module = self.module(self.args.lr)
+        if folder is not None and folder.exists():
+            made = lq.load_quantized(module, folder)
+        else:
+            recipe = lq.Recipe(self.recipe(scheme).scheme, algorithms=ALGORITHMS, algorithm_options=ALGORITHM_OPTIONS)
             starts = range(TRAIN_FROM, TRAIN_FROM + self.args.calibration * WINDOW, WINDOW)
             batches = [{"input_ids": self.ids[None, start : start + WINDOW]} for start in starts]
-            made = lq.quantize(self.module(self.args.lr), recipe, batches, calibration_batches=len(batches), progress=False)
-            self.started = {scheme: made}
-        return self.started[scheme]
+            made = lq.quantize(module, recipe, batches, calibration_batches=len(batches), progress=False)
+            if folder is not None:
+                lq.save_quantized(made, folder)
+        self.started = {scheme: made}
+        return made
 
     def qat(self, scheme: str) -> float:
         module, method, rates = self.module(self.args.lr), "ste", None
         teacher = None
-        if SCHEMES[scheme]:
+        if self.args.begin == "ptq":
             teacher, module, method, rates = module, lq.unpack(self.start(scheme), method="lsq"), "lsq", 0.1
             self.started = {}
         distill = lq.DistillationCallback(teacher, alpha=self.args.alpha, temperature=self.args.temperature)
@@ -135,8 +139,9 @@ class Rows:
         always: Row = {"windows": self.args.windows}
         if kind in (FLOAT, NEAREST):
             return always
-        if kind in (START, QAT) and SCHEMES[scheme]:
-            always["calibration"] = self.args.calibration
+        if kind in (START, QAT):
+            always["from"] = self.args.begin
+            always["calibration"] = self.args.calibration if self.args.begin == "ptq" else 0
         if kind == START:
             return always
         trained = {"steps": self.args.steps, "tokens": self.args.steps * self.args.batch * self.args.length, "lr": self.args.lr}
@@ -210,12 +215,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4, help="highest learning rate, of weights")
     parser.add_argument("--alpha", type=float, default=1.0, help="the teacher's share of the loss")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--from", dest="begin", choices=("ptq", "nearest"), default="ptq", help="where QAT starts")
+    parser.add_argument("--starts", type=Path, help="a folder for what PTQ has made; what is there is not made again")
     parser.add_argument("--windows", type=int, default=32, help="of evaluation")
     parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens that algorithms of PTQ see")
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute blocks' activations in the backward pass: less memory"
     )
-    parser.add_argument("--only", default="", help="schemes whose name this regular expression is in")
+    parser.add_argument("--only", default="", help="schemes whose name this regular expression is in, and 'float'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="a file to write results to as they come; rows that it has are not run again")
@@ -236,10 +243,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for scheme in SCHEMES:
         if re.search(args.only, scheme):
             rows.measure(scheme, NEAREST, lambda scheme=scheme: experiment.nearest(scheme))
-            if SCHEMES[scheme]:
+            if args.begin == "ptq":
                 rows.measure(scheme, START, lambda scheme=scheme: experiment.perplexity(experiment.start(scheme)))
             rows.measure(scheme, QAT, lambda scheme=scheme: experiment.qat(scheme))
-    rows.measure(FLOAT, TRAINED, experiment.trained_on)
+    if re.search(args.only, FLOAT):
+        rows.measure(FLOAT, TRAINED, experiment.trained_on)
     print(rows.table())
     timing.figure(args.plot, lambda figure: draw(figure, rows), (7.0, 4.5))
 

@@ -39,7 +39,7 @@ from cifar10 import ResNet20  # noqa: E402
 sys.path.remove(HERE)  # kernels.py has the name of a package that transformers looks for
 
 import lightning_quant as lq  # noqa: E402
-from lightning_quant.calibration import set_flags  # noqa: E402
+from lightning_quant.calibration import drop_weights, keep_weights, set_flags  # noqa: E402
 from lightning_quant.methods import METHODS  # noqa: E402
 from lightning_quant.report import table  # noqa: E402
 
@@ -89,11 +89,15 @@ def make_step(part: str, kind: str, args: argparse.Namespace) -> Step:
         model.compile()
     optimizer: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer](model.parameters(), lr=1e-4)
 
+    keep_weights(model, kind == "QAT")  # as QATCallback does
+
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            found = loss(model)
-        found.backward()
+        for _ in range(args.accumulate):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                found = loss(model)
+            found.backward()
+        drop_weights(model)
         optimizer.step()
 
     return step
@@ -179,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=int, default=128, help="images (default %(default)s)")
     found.add_argument("--tokens", type=int, default=256, help="in one row (default %(default)s)")
     found.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default %(default)s: has no state of its own")
+    found.add_argument("--accumulate", type=int, default=1, help="forward and backward passes in a step (default %(default)s)")
     found.add_argument("--bf16", action="store_true", help="under autocast")
     found.add_argument("--compile", action="store_true", help="both models with torch.compile")
     found.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from lightning_quant.fake_quant import FakeQuantize
-from lightning_quant.sharding import reshard
+from lightning_quant.kernels.kept import Kept
+from lightning_quant.sharding import is_managed, reshard
 from lightning_quant.surgery import fake_modules
 
 
@@ -85,6 +86,20 @@ def set_share(model: nn.Module, share: float) -> None:
     for quantizer in quantizers(model):
         if quantizer.is_weight:
             quantizer.share = share
+
+
+def keep_weights(model: nn.Module, keep: bool) -> None:
+    """Whether weights that are used several times before they change are quantized once; `drop_weights` ends each such time."""
+    for quantizer in quantizers(model):
+        if quantizer.is_weight:
+            quantizer.kept = Kept() if keep and not is_managed(quantizer) else None
+
+
+def drop_weights(model: nn.Module) -> None:
+    """Forget quantized weights, since the weights are about to change."""
+    for quantizer in quantizers(model):
+        if quantizer.kept is not None:
+            quantizer.kept.drop()
 
 
 def measure_weights(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_quant.functional import dynamic_fake_quantize, fake_quantize, lsq_fake_quantize, native_layout
 from lightning_quant.gradients import PLAIN, Rule, refit_scale
+from lightning_quant.kernels.kept import Kept
 from lightning_quant.numerics import MIN_SCALE, calc_qparams, from_groups, qparams_shape, qrange, to_groups
 from lightning_quant.observers import make_observer, plain_momentum
 from lightning_quant.sharding import is_managed, put, whole
@@ -102,6 +103,8 @@ class FakeQuantize(nn.Module):
         self.is_weight = shape is not None
         # of a weight's elements, how many are quantized in a training step
         self.share = 1.0
+        # quantized weights that are used again before they change, while somebody drops them in time
+        self.kept: Kept | None = None
         self.rule = rule
         self.learned = rule.fake is not None and not spec.dynamic and spec.is_int
         self.observing = self.quantizing = False
@@ -128,6 +131,13 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.spec.dynamic:
             return dynamic_fake_quantize(x, self.spec, self.axis) if self.quantizing else x
+        if self.kept is None or torch.compiler.is_compiling() or not self._repeats(x):
+            return self._pass(x)
+        measured = self.observing and not self.learned  # else the scale is what it was
+        with self.kept.used(x, self.spec, self.observing, *(() if measured else (self.scale, self.zero_point))):
+            return self._pass(x)
+
+    def _pass(self, x: Tensor) -> Tensor:
         if self.observing and self._takes_part():
             fused = self._observe_and_quantize(x)
             if fused is not None:
@@ -147,6 +157,10 @@ class FakeQuantize(nn.Module):
             fake = self.rule.fake or lsq_fake_quantize
             return fake(x, self.safe_scale(), self.zero_point, self.spec, self.axis, elements)
         return fake_quantize(x, self.scale, self.zero_point, self.spec, self.axis)
+
+    def _repeats(self, weight: Tensor) -> bool:
+        """Whether what is made of a weight may be wanted once more."""
+        return self.quantizing and self.training and isinstance(weight, nn.Parameter) and torch.is_grad_enabled()
 
     @property
     def codes(self) -> tuple[int, int]:

@@ -163,8 +163,9 @@ def test_qat_of_a_language_model(folder, monkeypatch, capsys):  # noqa: F811
     qat, file = load("qat_llm", monkeypatch), folder / "out.json"
     monkeypatch.setattr(qat, "TRAIN_FROM", 4096)
     given = ["--data", str(folder), "--model", str(folder / "m"), "--threads", "1", "--windows", "2", "--calibration", "2"]
-    given += ["--only", "w4a16|w2a16", "--length", "64", "--lr", "3e-3", "--json", str(file)]
-    qat.main([*given, "--steps", "12", "--plot", str(folder / "out.png")])
+    given += ["--length", "64", "--lr", "3e-3", "--json", str(file), "--starts", str(folder / "starts")]
+    qat.main([*given, "--steps", "12", "--only", "w4a16", "--from", "nearest"])
+    qat.main([*given, "--steps", "12", "--only", "w2a16|float", "--plot", str(folder / "out.png")])
     rows = {(row["scheme"], row["kind"]): row for row in json.loads(file.read_text())["rows"]}
     assert set(rows) == {
         *(("float", kind) for kind in ("float", "float, trained on")),
@@ -180,8 +181,9 @@ def test_qat_of_a_language_model(folder, monkeypatch, capsys):  # noqa: F811
     assert f"{share:.1%}" in shown
 
     # a second run measures only what depends on what has changed
-    qat.main([*given, "--steps", "4"])
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "starts").rglob("*.safetensors")}
+    qat.main([*given, "--steps", "4", "--only", "w2a16|float"])
     again = json.loads(file.read_text())["rows"]
-    assert [(row["scheme"], row["kind"]) for row in again[len(rows) :]] == [
-        *(("w4a16", "QAT"), ("w2a16", "QAT"), ("float", "float, trained on")),
-    ]
+    assert [(row["scheme"], row["kind"]) for row in again[len(rows) :]] == [("w2a16", "QAT"), ("float", "float, trained on")]
+    assert len(kept) == 1
+    assert kept == {path: path.stat().st_mtime_ns for path in (folder / "starts").rglob("*.safetensors")}

@@ -15,9 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_quant.calibration import (
     drop_linked_gradients,
+    drop_weights,
     finish_observing,
     follow_ranges,
     has_ranks,
+    keep_weights,
     link_ranks,
     measure_weights,
     quantizers,
@@ -239,6 +241,7 @@ class QATCallback(L.Callback):
         self._frozen = []
         self._waits = is_sharded(pl_module)
         set_share(pl_module, self.quant_noise or 1.0)
+        keep_weights(pl_module, True)
         self._total_steps = total_steps(trainer)
         self._apply(trainer, pl_module, force=True)
 
@@ -290,6 +293,7 @@ class QATCallback(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if has_ranks() and self._phase is not None and not self._phase.activations:
             drop_linked_gradients(pl_module)
+        drop_weights(pl_module)
         done = progress(trainer, self._total_steps)
         add_terms(pl_module, optimizer, rising(self.oscillation_strength, done) if self.oscillation == "dampen" else 0.0)
 
@@ -307,6 +311,7 @@ class QATCallback(L.Callback):
     def _leave(self, module: L.LightningModule) -> None:
         link_ranks(module, False)
         set_share(module, 1.0)
+        keep_weights(module, False)
         self._thaw()
         self.selection.release()
         self._phase = None

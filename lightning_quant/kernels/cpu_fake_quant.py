@@ -2,6 +2,7 @@
 
 What was fake-quantized remembers what it was made from, its `Source`. Where a layer saves its quantized input and weight for the
 backward pass, `saving_sources` saves the sources instead, which are kept anyway, and quantizes them again when they are needed.
+A weight that is used several times before it changes, as gradient accumulation does, is quantized once: see `kept`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_quant.kernels import kept
 from lightning_quant.kernels.native import fake
 from lightning_quant.kernels.native.fake import Layout, Seen
 from lightning_quant.numerics import from_groups, lsq_gradients, qrange, to_groups
@@ -51,17 +53,21 @@ class Source:
     layout: Layout
     learned: bool
     version: int
+    made: Tensor | None = None  # the quantized tensor, if it is kept
 
     def quantized(self) -> Tensor:
         """The same tensor again. Raises RuntimeError if what it was made from has changed since."""
         with torch.no_grad():
             x = _unchanged(self.x, self.version).detach()
+            if self.made is not None:
+                return self.made
             return fake.quantize(x, self.scale, self.zero_point, self.layout, self.learned)[0]
 
 
 def _remember(y: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout, learned: bool = False) -> Tensor:
     if torch.is_grad_enabled() and not x.is_inference():
-        key, source = id(y), Source(x, scale.detach(), zero_point.detach(), layout, learned, x._version)
+        made = kept.made_now()
+        key, source = id(y), Source(x, scale.detach(), zero_point.detach(), layout, learned, x._version, made)
         _SOURCES[key] = weakref.ref(y, lambda _: _SOURCES.pop(key, None)), source
     return y
 
@@ -143,8 +149,9 @@ class _Range:
     def quantize(self, x: Tensor) -> tuple[Tensor, bool]:
         """The quantized tensor, and whether any of it was outside."""
         if self.scale is not None and self.zero_point is not None:
-            return fake.quantize(x, self.scale, self.zero_point, self.layout)
-        y, self.scale, self.zero_point, found = fake.quantize_measured(x, self.layout, self.seen)
+            scale, zero_point = self.scale, self.zero_point
+            return cast(tuple[Tensor, bool], kept.once(lambda: fake.quantize(x, scale, zero_point, self.layout)))
+        y, self.scale, self.zero_point, found = kept.once(lambda: fake.quantize_measured(x, self.layout, self.seen))
         if self.finite and found & fake.NOT_FINITE:
             raise NotFinite
         return y, bool(found & fake.CLIPPED)
@@ -247,7 +254,7 @@ class _LSQ(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout, factor: float) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.layout, ctx.factor = layout, factor
-        return fake.quantize(x, scale, zero_point, layout, learned=True)[0]
+        return cast(Tensor, kept.once(lambda: fake.quantize(x, scale, zero_point, layout, learned=True))[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
