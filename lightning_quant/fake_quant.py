@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_quant.functional import dynamic_fake_quantize, fake_quantize, lsq_fake_quantize, native_layout
-from lightning_quant.gradients import PLAIN, Rule, refit_scale
+from lightning_quant.gradients import PLAIN, Rule, nearest_level, refit_scale
 from lightning_quant.kernels.kept import Kept
 from lightning_quant.numerics import MIN_SCALE, calc_qparams, from_groups, qparams_shape, qrange, to_groups
 from lightning_quant.observers import make_observer, plain_momentum
@@ -163,17 +163,22 @@ class FakeQuantize(nn.Module):
         return self.quantizing and self.training and isinstance(weight, nn.Parameter) and torch.is_grad_enabled()
 
     @property
+    def levels(self) -> tuple[int, ...] | None:
+        """The codes in use; None: every one."""
+        return self.rule.levels(self.spec)
+
+    @property
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code in use."""
-        return self.rule.codes(self.spec)
+        return qrange(self.spec) if self.levels is None else (self.levels[0], self.levels[-1])
 
     @torch.no_grad()
     def clip(self, weight: Tensor) -> Tensor:
         """A float32 weight such that quantizing it gives no code that is not in use."""
-        if self.codes == qrange(self.spec):
+        if self.levels is None:
             return weight
         rows, scale = to_groups(weight, self.spec, self.axis), self.safe_scale().reshape(-1, 1)
-        return from_groups(rows.clamp(scale * self.codes[0], scale * self.codes[1]), weight.shape, self.spec, self.axis)
+        return from_groups(nearest_level(rows * (1.0 / scale), self.levels) * scale, weight.shape, self.spec, self.axis)
 
     @property
     def waits(self) -> bool:
@@ -245,7 +250,7 @@ class FakeQuantize(nn.Module):
     def _observe_and_quantize(self, x: Tensor) -> Tensor | None:
         """Both in one call, if the C library has it and `x` is finite; else nothing is done."""
         momentum = plain_momentum(self.observer)
-        if momentum is None or not self.quantizing or self.learned or not x.numel() or self.codes != qrange(self.spec):
+        if momentum is None or not self.quantizing or self.learned or not x.numel() or self.levels is not None:
             return None
         layout = native_layout(x, self.spec, self.axis)
         if layout is None or not layout.measurable or layout.scales != self.scale.numel() or type(self.scale) is not Tensor:
@@ -271,8 +276,8 @@ class FakeQuantize(nn.Module):
         with self._named():
             low, high = self.observer.measure(rows, lambda: to_groups(torch.ones_like(weight), self.spec, self.axis))
         scale, zero_point = calc_qparams(low, high, self.spec)
-        if self.codes != qrange(self.spec):
-            scale = refit_scale(rows, scale, *self.codes)
+        if self.levels is not None:
+            scale = refit_scale(rows, scale, self.levels)
         return scale.reshape(self.scale.shape), zero_point.reshape(self.zero_point.shape)
 
     @contextlib.contextmanager

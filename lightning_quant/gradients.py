@@ -17,6 +17,11 @@ from lightning_quant.spec import QuantSpec
 Fake = Callable[..., Tensor]
 
 
+def all_levels(spec: QuantSpec) -> tuple[int, ...] | None:
+    """None: every code of the grid."""
+    return None
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a method does to one kind of tensor, weights or activations.
@@ -26,7 +31,7 @@ class Rule:
             ranges are observed, with the straight-through estimator.
         learns_zero_point: whether the zero point of an asymmetric grid is a parameter, too.
         transform: of the float weight, before it is quantized; what it gives is also what is packed.
-        codes: the smallest and the largest code in use.
+        levels: the codes in use, where it is not every one.
         regularization: lambda of an L2 term on the largest magnitude of the range, `lambda * alpha ** 2`.
         observer: where learned scales below 8 bits start from, unless the recipe says.
     """
@@ -34,7 +39,7 @@ class Rule:
     fake: Fake | None = None
     learns_zero_point: bool = True
     transform: Callable[[Tensor], Tensor] | None = None
-    codes: Callable[[QuantSpec], tuple[int, int]] = qrange
+    levels: Callable[[QuantSpec], tuple[int, ...] | None] = all_levels
     regularization: float = 0.0
     observer: str = "mse"
 
@@ -181,33 +186,69 @@ def tanh_weight(weight: Tensor) -> Tensor:
 # --- few levels -------------------------------------------------------------------------------------------------------
 
 
-def ternary_codes(spec: QuantSpec) -> tuple[int, int]:
-    """-1 to 1 of 2 bits; all codes of wider grids.
+def ternary_levels(spec: QuantSpec) -> tuple[int, ...] | None:
+    """-1, 0 and 1 of 2 bits; of wider grids every code.
 
     Example:
-        >>> ternary_codes(QuantSpec(2)), ternary_codes(QuantSpec(8))
-        ((-1, 1), (-128, 127))
+        >>> ternary_levels(QuantSpec(2)), ternary_levels(QuantSpec(8))
+        ((-1, 0, 1), None)
     """
-    return (-1, 1) if spec.is_int and spec.bits == 2 else qrange(spec)
+    return (-1, 0, 1) if spec.is_int and spec.bits == 2 else None
 
 
-class _Limited(torch.autograd.Function):
-    """LSQ on a symmetric grid with fewer codes than its bits allow; x beyond the middle between codes counts as outside."""
+def binary_levels(spec: QuantSpec) -> tuple[int, ...] | None:
+    """-1 and 1 of 2 bits; of wider grids every code.
+
+    Example:
+        >>> binary_levels(QuantSpec(2)), binary_levels(QuantSpec(8))
+        ((-1, 1), None)
+    """
+    return (-1, 1) if spec.is_int and spec.bits == 2 else None
+
+
+def nearest_level(ratio: Tensor, levels: tuple[int, ...]) -> Tensor:
+    """The nearest of -1, 0, 1, or of -1, 1, for values in codes.
+
+    Example:
+        >>> x = torch.tensor([-3.0, 0.2, 0.7])
+        >>> nearest_level(x, (-1, 0, 1)).tolist(), nearest_level(x, (-1, 1)).tolist()
+        ([-1.0, 0.0, 1.0], [-1.0, 1.0, 1.0])
+    """
+    if 0 in levels:
+        return ratio.round().clamp_(levels[0], levels[-1])
+    return torch.where(ratio < 0, -1.0, 1.0)
+
+
+class _FewLevels(torch.autograd.Function):
+    """Fewer levels than the bits allow, times a learned scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, limit: int, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: tuple[int, ...], factor: float) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.limit, ctx.factor = limit, factor
-        return (x * (1.0 / scale)).round_().clamp_(-limit, limit) * scale
+        ctx.levels, ctx.factor = levels, factor
+        return nearest_level(x * (1.0 / scale), levels) * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         ratio, grad = x * (1.0 / scale), grads[0]
-        level = ratio.round()
-        inside = level.abs() <= ctx.limit
-        slope = level.clamp_(-ctx.limit, ctx.limit) - ratio * inside
+        slope = nearest_level(ratio, ctx.levels)
+        if 0 in ctx.levels:
+            inside = ratio.round().abs() <= 1  # up to the middle between codes
+            slope = slope - ratio * inside
+        else:
+            inside = ratio.abs() <= 1
         return grad * inside, (grad * slope).sum_to_size(scale.shape) * ctx.factor, None, None
+
+
+def _few_levels(
+    x: Tensor, scale: Tensor, spec: QuantSpec, axis: int, elements: int | None, levels: tuple[int, ...] | None
+) -> Tensor:
+    if levels is None:
+        raise ValueError(f"{spec.label} has more than 2 bits, so all its codes are in use: lsq_fake_quantize is for it")
+    rows, step = _to_rows(x, spec, axis, scale)
+    factor = gradient_factor(x, spec, axis, elements, qmax=1)
+    return _from_rows(_FewLevels.apply(rows, step, levels, factor), x, spec, axis)
 
 
 def ternary_fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None) -> Tensor:
@@ -220,30 +261,52 @@ def ternary_fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, axis: int =
         scale: float32 in the shape of `qparams_shape`; its gradient is multiplied as LSQ's.
         spec: 2 bits, symmetric.
 
+    Raises:
+        ValueError: more bits.
+
     Example:
         >>> ternary_fake_quantize(torch.tensor([-3.0, 0.2, 0.6]), torch.ones(1), QuantSpec(2, granularity="tensor"))
         tensor([-1., 0., 1.])
     """
-    rows, step = _to_rows(x, spec, axis, scale)
-    limit = ternary_codes(spec)[1]
-    factor = gradient_factor(x, spec, axis, elements, limit)
-    return _from_rows(_Limited.apply(rows, step, limit, factor), x, spec, axis)
+    return _few_levels(x, scale, spec, axis, elements, ternary_levels(spec))
 
 
-def refit_scale(rows: Tensor, scale: Tensor, low: int, high: int, steps: int = 20) -> Tensor:
-    """Scales with a smaller squared error, for codes in [low, high]: codes and scale are made best for each other by turns.
+def binary_fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None) -> Tensor:
+    """The sign times a learned scale, for 1 bit of information in 2 (elastic binarization, Liu et al. 2022, arXiv:2205.13016,
+    section 2.1, as ParetoQ has it for weights, arXiv:2502.02631, section 3.2).
+
+    The gradient by x passes within +-1 scale, and the scale's is that of `sign(x) * scale`, which is exact.
+
+    Args:
+        x: float, any shape.
+        scale: float32 in the shape of `qparams_shape`; its gradient is multiplied as LSQ's.
+        spec: 2 bits, symmetric.
+
+    Raises:
+        ValueError: more bits.
+
+    Example:
+        >>> binary_fake_quantize(torch.tensor([-3.0, 0.2, 0.6]), torch.ones(1), QuantSpec(2, granularity="tensor"))
+        tensor([-1.,  1.,  1.])
+    """
+    return _few_levels(x, scale, spec, axis, elements, binary_levels(spec))
+
+
+def refit_scale(rows: Tensor, scale: Tensor, levels: tuple[int, ...], steps: int = 20) -> Tensor:
+    """Scales with a smaller squared error, for codes that are levels: codes and scale are made best for each other by turns.
 
     Args:
         rows: `[n_scales, elements]`.
         scale: `[n_scales]`, where to start.
+        levels: as in `nearest_level`.
 
     Example:
-        >>> refit_scale(torch.tensor([[-1.0, -0.9, 0.1, 1.1]]), torch.tensor([0.7]), -1, 1)
+        >>> refit_scale(torch.tensor([[-1.0, -0.9, 0.1, 1.1]]), torch.tensor([0.7]), (-1, 0, 1))
         tensor([1.])
     """
     values = rows.float()
     for _ in range(steps):
-        codes = (values / scale[:, None]).round().clamp(low, high)
+        codes = nearest_level(values / scale[:, None], levels)
         found = (values * codes).sum(1) / codes.square().sum(1).clamp(min=1)
         scale = torch.where(found > 0, found, scale)
     return scale

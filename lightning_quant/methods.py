@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -16,11 +16,13 @@ from lightning_quant.functional import lsq_fake_quantize
 from lightning_quant.gradients import (
     PLAIN,
     Rule,
+    binary_fake_quantize,
+    binary_levels,
     pact_fake_quantize,
     scale_elementwise,
     tanh_weight,
-    ternary_codes,
     ternary_fake_quantize,
+    ternary_levels,
 )
 from lightning_quant.spec import QuantScheme, QuantSpec
 
@@ -92,12 +94,18 @@ def offset_fake_quantize(
 
 
 def few_levels_fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, axis: int = 0, elements: int | None = None
+    few: Callable[..., Tensor],
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    axis: int = 0,
+    elements: int | None = None,
 ) -> Tensor:
-    """`ternary_fake_quantize` of 2 bits; of more, LSQ."""
+    """`few`, which is `ternary_fake_quantize` or `binary_fake_quantize`, of 2 bits; of more, LSQ."""
     if spec.bits > 2:
         return lsq_fake_quantize(x, scale, zero_point, spec, axis, elements)
-    return ternary_fake_quantize(x, scale, spec, axis, elements)
+    return few(x, scale, spec, axis, elements)
 
 
 _LSQ = Rule(lsq_fake_quantize)
@@ -119,7 +127,9 @@ METHODS: dict[str, Method] = {
     # Zhou et al. 2016, arXiv:1606.06160
     "dorefa": Method(_DOREFA),
     # Liu et al. 2025, arXiv:2502.02631
-    "ternary": Method(Rule(few_levels_fake_quantize, codes=ternary_codes), _LSQ, bits=2),
+    "ternary": Method(Rule(partial(few_levels_fake_quantize, ternary_fake_quantize), levels=ternary_levels), _LSQ, bits=2),
+    # Liu et al. 2022, arXiv:2205.13016
+    "binary": Method(Rule(partial(few_levels_fake_quantize, binary_fake_quantize), levels=binary_levels), _LSQ, bits=2),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.gradients import nearest_level
 from lightning_quant.nn import FakeModule
 from lightning_quant.numerics import dequantize, quantize
 from lightning_quant.surgery import fake_modules
@@ -61,11 +62,14 @@ def start_track(codes: Tensor) -> dict[str, Tensor]:
     }
 
 
-def advance(track: dict[str, Tensor], codes: Tensor, threshold: float) -> None:
+def advance(track: dict[str, Tensor], codes: Tensor, threshold: float, levels: tuple[int, ...] | None = None) -> None:
     """Take in the codes after a step, in place (section 4.3, algorithm 1).
 
     A code oscillates if it moves against its last move. A weight whose running frequency of that exceeds the threshold is held at
-    its running average, rounded.
+    its running average, rounded to a code in use.
+
+    Args:
+        levels: the codes in use; None: every one.
 
     Example:
         >>> track = start_track(torch.zeros(1, dtype=torch.int8))
@@ -82,7 +86,8 @@ def advance(track: dict[str, Tensor], codes: Tensor, threshold: float) -> None:
     track["average"].mul_(1 - MOMENTUM).add_(codes, alpha=MOMENTUM)
     track["direction"].copy_(torch.where(move != 0, move, track["direction"]))
     stops = (track["frequency"] > threshold) & ~frozen
-    track["codes"].copy_(torch.where(stops, track["average"].round().to(codes.dtype), codes))
+    middle = track["average"].round() if levels is None else nearest_level(track["average"], levels)
+    track["codes"].copy_(torch.where(stops, middle.to(codes.dtype), codes))
     frozen |= stops
 
 
@@ -111,7 +116,7 @@ class Freezing:
                 self.tracks[key] = start_track(codes)
                 continue
             track = self.tracks[key] = {part: value.to(codes.device) for part, value in self.tracks[key].items()}
-            advance(track, codes, threshold)
+            advance(track, codes, threshold, quantizer.levels)
             weight = fake.get_weight(name)
             held = _values(track["codes"], scale, zero_point, fake, name, quantizer).to(weight.dtype)
             weight.copy_(torch.where(track["frozen"], held, weight))

@@ -73,7 +73,7 @@ def unpack(model: nn.Module, *, method: str = "lsq", method_options: Mapping[str
 
     Raises:
         ValueError: the model is not packed; it has layers that rescale their inputs, recurrent ones, or attention in one module;
-            a method that would measure ranges anew.
+            a method that would measure ranges anew, or that lacks codes which the model has.
 
     Example:
         >>> import lightning_quant as lq
@@ -139,7 +139,13 @@ def _take_over(fake: FakeModule, packed: PackedModule) -> None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         elif zero_point.dim() == 2:
             zero_point = unpack_zero_point(zero_point, spec, packed.packed_shape(name)[axis])
-        getattr(fake, f"{name}_fake_quant").set_qparams(scale, zero_point)
+        quantizer = getattr(fake, f"{name}_fake_quant")
+        quantizer.set_qparams(scale, zero_point)
+        if not torch.allclose(quantizer.clip(fake.get_weight(name)), fake.get_weight(name), rtol=1e-5, atol=0.0):
+            raise ValueError(
+                f"{quantizer.name}: method={fake.setup.method!r} has the codes {quantizer.levels} only, and the packed weight has "
+                f"others: use method='lsq'"
+            )
     for name in (*packed.input_names, "output"):
         quantizer = getattr(fake, f"{name}_fake_quant")
         if quantizer is not None and not quantizer.spec.dynamic:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.gradients import pact_fake_quantize, refit_scale, tanh_weight, ternary_fake_quantize
+from lightning_quant.gradients import binary_fake_quantize, pact_fake_quantize, refit_scale, tanh_weight, ternary_fake_quantize
 from lightning_quant.methods import METHODS, ewgs_fake_quantize, offset_fake_quantize
 from lightning_quant.numerics import calc_qparams, qrange, to_groups
 from lightning_quant.spec import QuantSpec
@@ -145,6 +145,25 @@ def test_ternary(granularity: Any) -> None:
     assert set((got[0] / got[0].abs().amax(1, keepdim=True)).round().unique().tolist()) == {-1.0, 0.0, 1.0}
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_binary(granularity: Any) -> None:
+    spec = QuantSpec(2, granularity=granularity)
+    x, scale, _ = case(spec)
+
+    def formula(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+        rows, step = to_groups(x, spec), scale.reshape(-1, 1)
+        straight = rows.clamp(-step.detach(), step.detach())  # its gradient is 1 within a scale
+        sign = torch.where(rows.detach() < 0, -1.0, 1.0)
+        return sign * step + straight - straight.detach()
+
+    got = run(binary_fake_quantize, spec, x, scale)
+    assert_close(got, run(formula, spec, x, scale, double=True), [factor(x, spec, 1)])
+    assert 0 < (got[1] == 0).double().mean() < 1
+    assert (got[0].abs() == to_groups(got[0], spec).abs().amax(1, keepdim=True)).all() or granularity == "tensor"
+    with pytest.raises(ValueError, match="more than 2 bits"):
+        binary_fake_quantize(x, scale, QuantSpec(4, granularity=granularity))
+
+
 @pytest.mark.parametrize("size", [0.01, 1.0, 5.0])
 def test_tanh_weights(size: float) -> None:
     x = torch.randn(6, 32) * size
@@ -171,8 +190,9 @@ def test_a_refitted_scale_has_less_error() -> None:
         return ((x / scale[:, None]).round().clamp(-1, 1) * scale[:, None] - x).square().sum(1)
 
     start = x.abs().amax(1)
-    scale = refit_scale(x, start, -1, 1)
+    scale = refit_scale(x, start, (-1, 0, 1))
     assert (error(scale) < 0.5 * error(start)).all()
     around = torch.stack([error(scale * factor) for factor in torch.linspace(0.5, 2, 31).tolist()])
     assert (error(scale) <= around.min(0).values * 1.02).all()
-    assert refit_scale(torch.zeros(1, 4), torch.ones(1), -1, 1).item() == 1
+    assert refit_scale(torch.zeros(1, 4), torch.ones(1), (-1, 0, 1)).item() == 1
+    torch.testing.assert_close(refit_scale(x, start, (-1, 1)), x.abs().mean(1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calibration import quantizers, set_flags
 from lightning_quant.methods import METHODS, check_schemes, get_method, resolve_options
+from lightning_quant.oscillation import advance, start_track
 from lightning_quant.recipe import Recipe
 from lightning_quant.spec import QuantScheme, QuantSpec
 from lightning_quant.surgery import convert, fake_modules, is_prepared, packed_modules, prepare
@@ -37,6 +38,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention": (lambda: nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True), lambda: torch.randn(4, 5, 12)),
 }
 INPUTS = {"signed": SIGNED, "asymmetric": UNSIGNED, "token": QuantSpec(8, granularity="token", dynamic=True), "float": None}
+# the codes of methods that leave some out
+FEW = {name: method.weight.levels(QuantSpec(2)) for name, method in METHODS.items() if method.weight.levels(QuantSpec(2))}
 every_method = pytest.mark.parametrize("method", METHODS)
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -136,29 +139,42 @@ def test_state_and_copies(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv-bn", "embedding"])
-def test_ternary_codes_are_three(name: str) -> None:
-    model, _ = made("ternary", name)
+@pytest.mark.parametrize("method", FEW)
+def test_only_some_codes_are_in_use(method: str, name: str) -> None:
+    model, _ = made(method, name)
     for module in packed_modules(convert(model)).values():
         weight, scale = module.dequantized_weight(), module.weight_scale
         levels = (weight.flatten(1) / scale).round()
-        assert set(levels.unique().tolist()) == {-1.0, 0.0, 1.0}
+        assert tuple(levels.unique().tolist()) == FEW[method]
 
 
-def test_a_wide_weight_stays_within_three_codes() -> None:
-    model, x = made("ternary", "linear")
+@pytest.mark.parametrize("method", FEW)
+def test_a_wide_weight_stays_within_the_codes(method: str) -> None:
+    model, x = made(method, "linear")
     with torch.no_grad():
         model[0].weight[0, 0] = -100.0
         assert_close(convert(model)(x), model(x))
         assert convert(model)[0].dequantized_weight()[0, 0].item() == -model[0].weight_fake_quant.scale[0].abs().item()
 
 
-def test_ternary_layers_of_more_bits_learn_as_lsq() -> None:
+@pytest.mark.parametrize("method", FEW)
+def test_oscillating_weights_are_held_at_a_code_in_use(method: str) -> None:
+    levels = FEW[method]
+    track = start_track(torch.zeros(4, dtype=torch.int8))
+    for step in range(20):
+        advance(track, torch.tensor([levels[-1 * (step % 2)]] * 4, dtype=torch.int8), 0.03, levels)
+    assert track["frozen"].all()
+    assert set(track["codes"].tolist()) <= set(levels)
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_layers_of_more_bits_learn_as_lsq(method: str) -> None:
     model = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 8), nn.Linear(8, 7))
-    prepare(model, "w2a2", method="ternary")
-    assert [part.codes for part in quantizers(model) if part.is_weight] == [(-128, 127), (-1, 1), (-128, 127)]
+    prepare(model, "w2a2", method=method)
+    assert [part.levels for part in quantizers(model) if part.is_weight] == [None, FEW[method], None]
     x, results = torch.randn(16, 24), []
-    for method in ("ternary", "lsq"):
-        part = METHODS[method].weight
+    for learning in (method, "lsq"):
+        part = METHODS[learning].weight
         leaves = [value.requires_grad_() for value in (x.clone(), torch.full((16, 1), 0.02))]
         part.fake(*leaves, torch.zeros(16, 1), QuantSpec(8), 0, None).sum().backward()
         results.append([leaf.grad for leaf in leaves])

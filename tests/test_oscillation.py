@@ -121,7 +121,8 @@ def test_dampening_is_the_squared_distance_to_what_is_packed(kind: str, method: 
         target = fake.latent_weight(name, quantizer(fake.effective_weight(name)))
         (expected,) = torch.autograd.grad((target.detach() - fake.get_weight(name)).square().sum(), [whole])
         inside = gradient != 0
-        assert inside.float().mean() > (0.2 if whole.shape != fake.get_weight(name).shape else 0.5)
+        least = 0.2 if whole.shape != fake.get_weight(name).shape else 0.5
+        assert inside.float().mean() > least * (0.6 if method == "binary" else 1.0)  # whose scale is the mean magnitude
         torch.testing.assert_close(gradient[inside], expected[inside], rtol=1e-3, atol=1e-5)
 
 

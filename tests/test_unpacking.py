@@ -135,9 +135,14 @@ def test_refusals(start: tuple[Classifier, Any]) -> None:
     model, packed = start
     with pytest.raises(ValueError, match="nothing to unpack"):
         lq.unpack(model)
-    for method in METHODS.keys() - LEARNING - {"ternary"}:
+    for method in METHODS.keys() - LEARNING - {"ternary", "binary"}:
         with pytest.raises(ValueError, match=f"method='{method}' measures the ranges of weights anew.*lsq"):
             lq.unpack(packed, method=method)
+    for method, entry in METHODS.items():
+        if entry.bits is not None:
+            few = lq.quantize(nn.Sequential(nn.Linear(32, 8)), lq.Recipe("w2a16", group_size=32, symmetric=True, edges=None))
+            with pytest.raises(ValueError, match=rf"0.weight: method='{method}' has the codes .* only.*method='lsq'"):
+                lq.unpack(few, method=method)
     for kind in LARGE:
         with pytest.raises(ValueError, match=f"Packed{kind.__name__} cannot be unpacked: train the float model"):
             lq.unpack(lq.quantize(Holder(kind(8, 2)), "w4a16"))

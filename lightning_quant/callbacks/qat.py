@@ -60,8 +60,8 @@ class QATCallback(L.Callback):
 
     Args:
         recipe: what to quantize: a preset's name, a YAML path, a dict or a Recipe.
-        method: `"ste"`: ranges are observed. `"lsq"`, `"lsq+"`, `"ewgs"`, `"ternary"`: scales (and zero points) learn, initialised
-            from the observer; `"pact"`: those of activations; `"dorefa"`: weights pass a tanh. See docs/qat.md.
+        method: `"ste"`: ranges are observed. `"lsq"`, `"lsq+"`, `"ewgs"`, `"ternary"`, `"binary"`: scales (and zero points) learn,
+            initialised from the observer; `"pact"`: those of activations; `"dorefa"`: weights pass a tanh. See docs/qat.md.
         method_options: the method's own: `delta` of `"ewgs"`, `regularization` of `"pact"`.
         quantize_from: when fake quantization starts; before, observers watch the float model.
         quantize_activations_from: when activations follow, if later; until then observers watch them.
@@ -103,7 +103,7 @@ class QATCallback(L.Callback):
         self,
         recipe: str | dict[str, Any] | Recipe = "w8a8",
         *,
-        method: Literal["ste", "lsq", "lsq+", "ewgs", "pact", "dorefa", "ternary"] = "ste",
+        method: Literal["ste", "lsq", "lsq+", "ewgs", "pact", "dorefa", "ternary", "binary"] = "ste",
         method_options: dict[str, float] | None = None,
         quantize_from: int | float = 0,
         freeze_observers_at: int | float | None = None,

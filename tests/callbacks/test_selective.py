@@ -94,7 +94,7 @@ def test_what_quantizers_of_the_rest_have_learned_stands_still(method: str, osci
                 begun.update(learned(module))
 
     model = decaying(trained)
-    recipe = "w2a2" if method == "ternary" else "w4a4"
+    recipe = "w2a2" if METHODS[method].bits == 2 else "w4a4"
     fit(model, lq.QATCallback(recipe, method=method, train=TRAIN, oscillation=oscillation), Watch())
     moved = {name for name, value in learned(model).items() if not torch.equal(value, begun[name])}
     assert moved

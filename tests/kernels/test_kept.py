@@ -24,7 +24,7 @@ from tests.helpers import assert_same_state
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs the C library")
 # methods that do not train the others' scheme
-SCHEMES: dict[str, Any] = {"ternary": {"scheme": "w2a16", "symmetric": True}}
+SCHEMES: dict[str, Any] = {name: {"scheme": "w2a16", "symmetric": True} for name in ("ternary", "binary")}
 
 
 class Net(L.LightningModule):
