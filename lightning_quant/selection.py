@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.fake_quant import FakeQuantize
+from lightning_quant.methods import METHODS, get_method
 from lightning_quant.mixed import Sensitivity
 from lightning_quant.plan import Plan
 from lightning_quant.recipe import _patterns, matches
@@ -92,6 +93,15 @@ class Selection:
         self._model: nn.Module | None = None
         self._before: dict[str, bool] = {}  # `requires_grad` of the parameters where it was changed
         self._norms: list[nn.Module] = []
+
+    def check_method(self, method: str) -> None:
+        """Raises ValueError if a method would give other values to weights that stand still."""
+        if self.patterns is not None and self.rest == "quantized" and get_method(method).weight.transform is not None:
+            plain = ", ".join(name for name, entry in METHODS.items() if entry.weight.transform is None)
+            raise ValueError(
+                f"train={SCALES if self.scales else self.patterns!r} with method={method!r}, which transforms weights: those that "
+                f"stand still would not be the model's own any more. Use rest='float', or another method ({plain})"
+            )
 
     def cut(self, model: nn.Module, plan: Plan) -> Plan:
         """The plan without what stays in float; in place.

@@ -140,6 +140,7 @@ class QATCallback(L.Callback):
         self.restart_monitors = restart_monitors
         with told():
             self.selection = Selection(train, rest)
+            self.selection.check_method(method)
         self.preparation = Preparation(self.recipe, method, self.method_options, self.schedule, self.selection, oscillation)
         self._stage = FLOAT_STAGE  # what is quantized; a resumed run must know
         self._following = True  # whether ranges of weights still follow the weights

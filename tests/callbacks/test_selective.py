@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lightning_quant as lq
 from lightning_quant.calibration import quantizers
 from lightning_quant.methods import METHODS
+from lightning_quant.selection import RESTS
 from lightning_quant.surgery import fake_modules, packed_modules
 from tests.callbacks.selective_worker import STRATEGIES, train
 from tests.digits import Classifier, Digits, accuracy, trainer
@@ -52,8 +53,11 @@ def decaying(trained: Classifier) -> Decaying:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rest", ["quantized", "float"])
+# methods that transform weights would change those of the rest
+PAIRS = [(rest, name) for rest in RESTS for name, method in METHODS.items() if rest == "float" or method.weight.transform is None]
+
+
+@pytest.mark.parametrize(("rest", "method"), PAIRS)
 def test_the_rest_does_not_move(rest: str, method: str, trained: Classifier) -> None:
     model = decaying(trained)
     before = weights(model)
@@ -67,7 +71,7 @@ def test_the_rest_does_not_move(rest: str, method: str, trained: Classifier) -> 
     names = {"net.conv2", "net.head"}
     everything = {"net.stem.0", "net.conv1", "net.shortcut.0", *names}
     assert set(fake_modules(model)) == set(packed_modules(host.quantize())) == (everything if rest == "quantized" else names)
-    if method in ("ste", "lsq"):  # what transforms the weights of all layers, or takes their codes away, needs all to be trained
+    if method in ("ste", "lsq"):  # what takes codes away needs all layers to be trained
         assert accuracy(host.quantize()) > 60
 
 
@@ -75,7 +79,7 @@ LEARNING = [
     (name, oscillation)
     for name, method in METHODS.items()
     for oscillation in (None, "freeze", "dampen")
-    if method.learns and (oscillation is None or method.weight.transform is None)
+    if method.learns and method.weight.transform is None
 ]
 
 
@@ -120,6 +124,13 @@ def test_learned_scales_of_the_rest_stand_still_and_alone_they_learn(trained: Cl
     fit(model, lq.QATCallback("w4a4", method="lsq", train="scales"), Start())
     assert_same_state(weights(model), before)
     assert all(not torch.equal(value, start[name]) for name, value in scales(model).items())
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.weight.transform is not None])
+def test_weights_that_stand_still_are_not_transformed(method: str) -> None:
+    for chosen in (TRAIN, "scales"):
+        with pytest.raises(MisconfigurationException, match=f"method='{method}', which transforms weights.*rest='float'.*lsq"):
+            lq.QATCallback("w4a4", method=method, train=chosen)  # type: ignore[arg-type]
 
 
 def test_a_ranking_names_the_layers(trained: Classifier) -> None:
