@@ -12,21 +12,14 @@ from torch import Tensor
 
 from lightning_quant.algorithms.base import Algorithm, Cost, weight_quantizer, weight_spec
 from lightning_quant.algorithms.reconstruction import (
-    as_matrix,
-    autocast_dtype,
-    choose_batches,
-    enough_batches,
-    finish,
-    gradients,
+    learn,
     learning_passes,
-    output_distance,
     reached,
-    trainable,
 )
 from lightning_quant.blocks import Unit
 from lightning_quant.numerics import MIN_SCALE, from_groups, max_value, qrange, to_groups
 from lightning_quant.spec import QuantSpec
-from lightning_quant.statistics import put_weight_matrix, weight_matrix
+from lightning_quant.statistics import weight_matrix
 
 
 class SignedRounding:
@@ -136,36 +129,7 @@ def apply_autoround(
         qparams = weight_quantizer(module).qparams()
         learned[name] = SignedRounding(weight_matrix(module), *qparams, weight_spec(module), learn_range)
     first = rate or 1.0 / iterations
-    kind = autocast_dtype(dtype, next(iter(modules.values())).get_weight("weight").device)
-    size = batches or enough_batches(unit)
-    least = float("inf")
-
-    def put() -> None:
-        for name, module in modules.items():
-            put_weight_matrix(module, learned[name]())
-
-    with trainable(unit, modules) as weights:
-        for step, chosen in enumerate(choose_batches(unit, size, iterations)):
-            put()
-            error = gradients(unit, weights, chosen, kind)
-            if error < least:
-                least = error
-                for each in learned.values():
-                    each.keep()
-            for name, module in modules.items():
-                grad = weights[name].grad
-                if grad is not None:
-                    learned[name].step(as_matrix(module, grad), first * (1 - step / iterations))
-        checked = next(choose_batches(unit, 4 * size, 1))
-        errors = []
-        for state in range(3):  # what came out last, what did best on the data of its step, and nearest
-            for each in learned.values():
-                each.restore(state)
-            put()
-            errors.append(output_distance(unit, checked, kind))
-    for each in learned.values():
-        each.restore(errors.index(min(errors)))
-    finish(modules, {name: each.result() for name, each in learned.items()})
+    learn(unit, modules, learned, lambda each, grad, left: each.step(grad, first * left), iterations, batches, dtype)
 
 
 AUTOROUND = Algorithm(

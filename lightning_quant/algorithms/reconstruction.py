@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,81 @@ def finish(modules: dict[str, FakeModule], results: dict[str, tuple[Tensor, Tens
         quantizer = weight_quantizer(module)
         quantizer.set_qparams(scale, zero_point.to(torch.int32))
         put_weight_matrix(module, rounded)
+
+
+class Learned(Protocol):
+    """A weight matrix that is learned."""
+
+    def __call__(self) -> Tensor:
+        """The weight as it is rounded now, `[channels, columns]`."""
+        ...
+
+    def keep(self) -> None:
+        """Remember what is learned so far."""
+        ...
+
+    def restore(self, state: int) -> None:
+        """0: what was learned last, 1: what was kept, 2: where it began."""
+        ...
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rounded weight, its scale and zero point."""
+        ...
+
+
+OneLearned = TypeVar("OneLearned", bound=Learned)
+
+
+def learn(
+    unit: Unit,
+    modules: dict[str, FakeModule],
+    learned: dict[str, OneLearned],
+    step: Callable[[OneLearned, Tensor, float], None],
+    iterations: int,
+    batches: int | None,
+    dtype: str | None,
+) -> None:
+    """Bring a unit's output close to what it was in float, and put what was learned into its layers.
+
+    Kept is the best of three, on other data than a step sees: what came out last, what did best on the data of its step, and where
+    it began.
+
+    Args:
+        modules, learned: by name.
+        step: changes one, by its gradient, a matrix, and by what is left of the first rate, 1 at first and falling to 0 linearly.
+        batches: that each step sees; None: `enough_batches`.
+        dtype: as in `autocast_dtype`.
+    """
+    kind = autocast_dtype(dtype, next(iter(modules.values())).get_weight("weight").device)
+    size = batches or enough_batches(unit)
+    least = float("inf")
+
+    def put() -> None:
+        for name, module in modules.items():
+            put_weight_matrix(module, learned[name]())
+
+    with trainable(unit, modules) as weights:
+        for index, chosen in enumerate(choose_batches(unit, size, iterations)):
+            put()
+            error = gradients(unit, weights, chosen, kind)
+            if error < least:
+                least = error
+                for each in learned.values():
+                    each.keep()
+            for name, module in modules.items():
+                grad = weights[name].grad
+                if grad is not None:
+                    step(learned[name], as_matrix(module, grad), 1 - index / iterations)
+        checked = next(choose_batches(unit, 4 * size, 1))
+        errors = []
+        for state in range(3):
+            for each in learned.values():
+                each.restore(state)
+            put()
+            errors.append(output_distance(unit, checked, kind))
+    for each in learned.values():
+        each.restore(errors.index(min(errors)))
+    finish(modules, {name: each.result() for name, each in learned.items()})
 
 
 def reached(unit: Unit, what: str) -> dict[str, FakeModule]:
