@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_quant.kernels import native
+from lightning_quant.kernels.native import fake
 from lightning_quant.numerics import calc_qparams, dequantize_rows, qrange, quantize_rows, to_groups
 from lightning_quant.observers import OBSERVERS, Observer, make_observer
 from lightning_quant.spec import QuantSpec
@@ -186,6 +188,25 @@ def test_mse_is_never_worse_than_minmax(spec):
     assert (streamed <= whole * 1.001).all()
     if spec == SPECS[1]:
         assert (best < whole / 2).all()
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the C library")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (3, 5000), (15, 33), (16, 33), (400, 64)], ids=str)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.is_int], ids=spec_id)
+def test_mse_search_in_c_finds_what_torch_finds(spec, shape, monkeypatch):
+    x = torch.randn(*shape) * torch.rand(shape[0], 1) * 3
+    x[shape[0] // 2] = 0
+    counts = torch.randint(0, 5, shape)
+    observer = make_observer("mse", spec, shape[0])
+    ranges = []
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("LQ_BACKEND", backend)
+        ranges.append(observer.measure(x, lambda: counts))
+        assert (fake.search(x, counts.float(), *ranges[-1], spec, [0.5]) is None) == (backend == "reference")
+    errors = [observer._error(x, counts, *found) for found in ranges]
+    torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
+    equal = [one == two for one, two in zip(*ranges, strict=True)]  # of errors that are equal but for rounding either is right
+    assert torch.stack(equal).float().mean() > 0.99
 
 
 def test_percentile_counts():

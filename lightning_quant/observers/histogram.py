@@ -145,7 +145,13 @@ class MSEObserver(HistogramObserver):
         return (error.pow_(self.norm) * counts).double().sum(dim=1)
 
     def _search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Range:
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        from lightning_quant.kernels.native import fake
+
+        low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+        if self.norm == 2:
+            found = fake.search(values, counts.float(), low, high, self.spec, _shrinks(self.steps)[1:])
+            if found is not None:
+                return found
         best = self._error(values, counts, low, high)
         for ends in ((True, True), (False, True), (True, False))[: 1 if self.spec.symmetric else 3]:
             full_low, full_high = low, high

@@ -44,6 +44,7 @@ def _library() -> Any:
         pointer = ctypes.POINTER(FakeArgs)
         found.lq_fake_quantize.argtypes = found.lq_fake_mask.argtypes = [pointer]
         found.lq_fake_learn.argtypes = [pointer, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
+        found.lq_fake_search.argtypes = [pointer, *[ctypes.c_void_p] * 2, ctypes.c_int32, *[ctypes.c_void_p] * 2]
         found.lq_fake_mask.restype = None
     return found
 
@@ -186,6 +187,29 @@ def quantize_measured(x: Tensor, layout: Layout, seen: Seen | None = None) -> tu
     if seen is not None:
         torch.autograd.graph.increment_version(seen[:2])
     return y, scale, zero_point, found
+
+
+def search(
+    x: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, shrinks: list[float]
+) -> tuple[Tensor, Tensor] | None:
+    """Ranges with the least squared error, as `MSEObserver` finds them; None if the kernels do not take the call.
+
+    Args:
+        x, counts: float32 `[groups, n]`, finite: values, and how often each occurs.
+        low, high: float32 `[groups]`: where to start; they contain 0.
+        spec: integers.
+        shrinks: what the ends are multiplied by.
+    """
+    if not (spec.is_int and all(takes(value) and value.dtype == torch.float32 for value in (x, counts, low, high))):
+        return None
+    x, counts, low, high = x.contiguous(), counts.contiguous(), low.clone(), high.clone()
+    factors = torch.tensor(shrinks, dtype=torch.float32)
+    rows, columns = x.shape
+    layout = Layout(spec, 0, rows, columns, max(columns, 1), max(rows, 1))
+    args = _args(x, x, low, low, layout, symmetric=spec.symmetric, bound=max_value(spec))
+    ends = low.data_ptr(), high.data_ptr()
+    _check(_library().lq_fake_search(args, counts.data_ptr(), factors.data_ptr(), len(shrinks), *ends))
+    return low, high
 
 
 def _like(grad: Tensor, rows: Tensor) -> Tensor:

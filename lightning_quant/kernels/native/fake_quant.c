@@ -280,4 +280,82 @@ static int32_t learn(const lq_fake_args *a, float *by_scale, float *by_zero, flo
   return 0;
 }
 
-const lq_fake_kernels NAME(LQ_TABLE) = {quantize, mask, learn};
+/* --- ranges with the least squared error: MSEObserver --- */
+
+/* float within SPAN elements, double over them */
+#define SPAN 256
+
+static double error_of(const lq_fake_args *a, int64_t row, const float *counts, float low, float high) {
+  const lq_range range = {low, high, 0};
+  float scale;
+  int32_t zero;
+  qparams_of(a, range, &scale, &zero);
+  const lq_grid g = {scale, 1.0f / scale, (float)zero, (float)a->low, (float)a->high};
+  const float *x = (const float *)a->x + row * a->columns, *times = counts + row * a->columns;
+  double total = 0;
+  for (int64_t from = 0; from < a->columns; from += SPAN) {
+    const int64_t to = from + SPAN < a->columns ? from + SPAN : a->columns;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = from; i < to; i++) {
+      const float level = rintf(x[i] * g.inverse) + g.zero;
+      const float off = (clamp(level, g, 1) - g.zero) * g.scale - x[i];
+      sum += off * off * times[i];
+    }
+    total += sum;
+  }
+  return total;
+}
+
+typedef struct {
+  float low, high;
+} lq_ends;
+
+/* candidate c of a stage: 0 shrinks both ends, 1 the upper one, 2 the lower one */
+static lq_ends candidate(lq_ends full, int stage, float shrink) {
+  const lq_ends ends = {stage == 1 ? full.low : full.low * shrink, stage == 2 ? full.high : full.high * shrink};
+  return ends;
+}
+
+static int32_t search(const lq_fake_args *a, const float *counts, const float *shrinks, int32_t steps, float *low, float *high) {
+  const int stages = a->symmetric ? 1 : 3;
+  if (a->rows >= 16) {
+#pragma omp parallel for num_threads(lq_threads(a->rows *a->columns *steps)) schedule(static)
+    for (int64_t row = 0; row < a->rows; row++) {
+      lq_ends best = {low[row], high[row]};
+      double least = error_of(a, row, counts, best.low, best.high);
+      for (int stage = 0; stage < stages; stage++) {
+        const lq_ends full = best;
+        for (int32_t i = 0; i < steps; i++) {
+          const lq_ends ends = candidate(full, stage, shrinks[i]);
+          const double error = error_of(a, row, counts, ends.low, ends.high);
+          if (error < least) least = error, best = ends;
+        }
+      }
+      low[row] = best.low;
+      high[row] = best.high;
+    }
+    return 0;
+  }
+  double *errors = lq_scratch(0, (size_t)steps * sizeof(double)); /* few rows: threads share the candidates of each */
+  if (!errors) return LQ_FAILED;
+  for (int64_t row = 0; row < a->rows; row++) {
+    lq_ends best = {low[row], high[row]};
+    double least = error_of(a, row, counts, best.low, best.high);
+    for (int stage = 0; stage < stages; stage++) {
+      const lq_ends full = best;
+#pragma omp parallel for num_threads(lq_threads(a->columns *steps)) schedule(static)
+      for (int32_t i = 0; i < steps; i++) {
+        const lq_ends ends = candidate(full, stage, shrinks[i]);
+        errors[i] = error_of(a, row, counts, ends.low, ends.high);
+      }
+      for (int32_t i = 0; i < steps; i++)
+        if (errors[i] < least) least = errors[i], best = candidate(full, stage, shrinks[i]);
+    }
+    low[row] = best.low;
+    high[row] = best.high;
+  }
+  return 0;
+}
+
+const lq_fake_kernels NAME(LQ_TABLE) = {quantize, mask, learn, search};

@@ -174,6 +174,15 @@ void lq_fake_mask(const lq_fake_args *args) {
   if (args->rows * args->columns) fake_kernels()->mask(args);
 }
 
+/* The range of each row with the least squared error: `low` and `high`, the full range, `[rows]`, which contains 0, are replaced. Both
+   ends are multiplied by each of `shrinks`, then an asymmetric range's upper, and its lower end. `counts` is how often an element of x
+   occurs; x is float32. */
+int32_t lq_fake_search(
+    const lq_fake_args *args, const float *counts, const float *shrinks, int32_t steps, float *low, float *high
+) {
+  return args->rows * args->columns ? fake_kernels()->search(args, counts, shrinks, steps, low, high) : 0;
+}
+
 /* the gradients by x, scale and zero point, the last two unless NULL */
 int32_t lq_fake_learn(const lq_fake_args *args, float *by_scale, float *by_zero, float factor) {
   return fake_kernels()->learn(args, by_scale, by_zero, factor);

@@ -131,6 +131,7 @@ typedef struct {
   int32_t (*quantize)(const lq_fake_args *);
   void (*mask)(const lq_fake_args *);
   int32_t (*learn)(const lq_fake_args *, float *by_scale, float *by_zero, float factor);
+  int32_t (*search)(const lq_fake_args *, const float *counts, const float *shrinks, int32_t steps, float *low, float *high);
 } lq_fake_kernels;
 
 extern const lq_fake_kernels lq_base_fake, lq_avx2_fake, lq_avx512_fake;
