@@ -45,8 +45,6 @@ from lightning_quant.report import table  # noqa: E402
 TRAIN_FROM = 100_000
 SCHEMES = ("w4a16", "w3a16", "w4a8-dynamic", "w2a16")
 ALGORITHMS = ["awq", "autoround"]
-# what awq cannot hand to another layer would stay beside the weights, and such layers cannot be trained on
-ALGORITHM_OPTIONS = {"awq": {"explicit": False}}
 FLOAT, TRAINED, NEAREST, START, QAT = "float", "float, trained on", "nearest", "start", "QAT"
 Row = dict[str, Any]
 
@@ -97,12 +95,14 @@ class Experiment:
         """The packed model that QAT starts from; kept until it is trained."""
         if scheme in self.started:
             return self.started[scheme]
-        folder = None if self.args.starts is None else self.args.starts / f"{scheme}-{self.args.calibration}"
+        folder = None if self.args.starts is None else self.args.starts / f"{scheme}-{self.args.calibration}-{self.args.iterations}"
         module = self.module(self.args.lr)
         if folder is not None and folder.exists():
             made = lq.load_quantized(module, folder)
         else:
-            recipe = lq.Recipe(self.recipe(scheme).scheme, algorithms=ALGORITHMS, algorithm_options=ALGORITHM_OPTIONS)
+            # what awq cannot hand to another layer would stay beside the weights, and such layers cannot be trained on
+            options = {"awq": {"explicit": False}, "autoround": {"iterations": self.args.iterations}}
+            recipe = lq.Recipe(self.recipe(scheme).scheme, algorithms=ALGORITHMS, algorithm_options=options)
             starts = range(TRAIN_FROM, TRAIN_FROM + self.args.calibration * WINDOW, WINDOW)
             batches = [{"input_ids": self.ids[None, start : start + WINDOW]} for start in starts]
             made = lq.quantize(module, recipe, batches, calibration_batches=len(batches), progress=False)
@@ -141,7 +141,8 @@ class Rows:
             return always
         if kind in (START, QAT):
             always["from"] = self.args.begin
-            always["calibration"] = self.args.calibration if self.args.begin == "ptq" else 0
+            ptq = {"calibration": self.args.calibration, "iterations": self.args.iterations}
+            always |= ptq if self.args.begin == "ptq" else {}
         if kind == START:
             return always
         trained = {"steps": self.args.steps, "tokens": self.args.steps * self.args.batch * self.args.length, "lr": self.args.lr}
@@ -216,6 +217,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=1.0, help="the teacher's share of the loss")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--from", dest="begin", choices=("ptq", "nearest"), default="ptq", help="where QAT starts")
+    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound, for PTQ's start")
     parser.add_argument("--starts", type=Path, help="a folder for what PTQ has made; what is there is not made again")
     parser.add_argument("--windows", type=int, default=32, help="of evaluation")
     parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens that algorithms of PTQ see")
