@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -43,10 +43,32 @@ import lightning_quant as lq  # noqa: E402
 from lightning_quant.report import table  # noqa: E402
 
 TRAIN_FROM = 100_000
-SCHEMES = ("w4a16", "w3a16", "w4a8-dynamic", "w2a16")
+
+
+class Setting(NamedTuple):
+    """Args:
+    lr: the highest learning rate of weights; what is farther from float may move farther.
+    iterations: of AutoRound, for PTQ's start.
+    """
+
+    lr: float
+    iterations: int
+
+
+SCHEMES = {
+    "w4a16": Setting(3e-5, 200),
+    "w3a16": Setting(1e-4, 100),
+    "w4a8-dynamic": Setting(3e-5, 50),
+    "w2a16": Setting(1e-4, 200),
+}
 ALGORITHMS = ["awq", "autoround"]
 FLOAT, TRAINED, NEAREST, START, QAT = "float", "float, trained on", "nearest", "start", "QAT"
 Row = dict[str, Any]
+
+
+def setting(args: argparse.Namespace, scheme: str) -> Setting:
+    """A scheme's, unless the command line says otherwise."""
+    return Setting(args.lr or SCHEMES[scheme].lr, args.iterations or SCHEMES[scheme].iterations)
 
 
 class Experiment:
@@ -83,8 +105,8 @@ class Experiment:
     def perplexity(self, module: Any) -> float:
         return perplexity(module.model.eval(), self.ids, self.args.windows)
 
-    def trained_on(self) -> float:
-        module = self.module(self.args.lr)
+    def trained_on(self, scheme: str) -> float:
+        module = self.module(setting(self.args, scheme).lr)
         self.fit(module, [])
         return self.perplexity(module)
 
@@ -95,13 +117,15 @@ class Experiment:
         """The packed model that QAT starts from; kept until it is trained."""
         if scheme in self.started:
             return self.started[scheme]
-        folder = None if self.args.starts is None else self.args.starts / f"{scheme}-{self.args.calibration}-{self.args.iterations}"
-        module = self.module(self.args.lr)
+        folder = None
+        if self.args.starts is not None:
+            folder = self.args.starts / f"{scheme}-{self.args.calibration}-{setting(self.args, scheme).iterations}"
+        module = self.module(setting(self.args, scheme).lr)
         if folder is not None and folder.exists():
             made = lq.load_quantized(module, folder)
         else:
             # what awq cannot hand to another layer would stay beside the weights, and such layers cannot be trained on
-            options = {"awq": {"explicit": False}, "autoround": {"iterations": self.args.iterations}}
+            options = {"awq": {"explicit": False}, "autoround": {"iterations": setting(self.args, scheme).iterations}}
             recipe = lq.Recipe(self.recipe(scheme).scheme, algorithms=ALGORITHMS, algorithm_options=options)
             starts = range(TRAIN_FROM, TRAIN_FROM + self.args.calibration * WINDOW, WINDOW)
             batches = [{"input_ids": self.ids[None, start : start + WINDOW]} for start in starts]
@@ -112,7 +136,7 @@ class Experiment:
         return made
 
     def qat(self, scheme: str) -> float:
-        module, method, rates = self.module(self.args.lr), "ste", None
+        module, method, rates = self.module(setting(self.args, scheme).lr), "ste", None
         teacher = None
         if self.args.begin == "ptq":
             teacher, module, method, rates = module, lq.unpack(self.start(scheme), method="lsq"), "lsq", 0.1
@@ -135,22 +159,26 @@ class Rows:
         self.rows: list[Row] = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
 
     def settings(self, scheme: str, kind: str) -> Row:
-        """What a row depends on, besides its scheme and kind."""
+        """What a row depends on, besides its scheme and kind; of the float model trained on, the scheme gives the rate."""
         always: Row = {"windows": self.args.windows}
         if kind in (FLOAT, NEAREST):
             return always
         if kind in (START, QAT):
             always["from"] = self.args.begin
-            ptq = {"calibration": self.args.calibration, "iterations": self.args.iterations}
+            ptq = {"calibration": self.args.calibration, "iterations": setting(self.args, scheme).iterations}
             always |= ptq if self.args.begin == "ptq" else {}
         if kind == START:
             return always
-        trained = {"steps": self.args.steps, "tokens": self.args.steps * self.args.batch * self.args.length, "lr": self.args.lr}
+        trained = {"steps": self.args.steps, "tokens": self.args.steps * self.args.batch * self.args.length}
+        trained["lr"] = setting(self.args, scheme).lr
         taught = {"alpha": self.args.alpha, "temperature": self.args.temperature} if kind == QAT else {}
         return {**always, **trained, **taught}
 
+    def model(self, scheme: str, kind: str) -> str:
+        return FLOAT if kind in (FLOAT, TRAINED) else scheme
+
     def find(self, scheme: str, kind: str) -> float | None:
-        wanted = {"scheme": scheme, "kind": kind, **self.settings(scheme, kind)}
+        wanted = {"scheme": self.model(scheme, kind), "kind": kind, **self.settings(scheme, kind)}
         return next((row["perplexity"] for row in self.rows if wanted.items() <= row.items()), None)
 
     def measure(self, scheme: str, kind: str, make: Callable[[], float]) -> None:
@@ -160,14 +188,14 @@ class Rows:
         found = make()
         seconds, own = time.perf_counter() - wall, time.process_time() - cpu
         added = status("VmHWM") - before
-        row = {"scheme": scheme, "kind": kind, **self.settings(scheme, kind), "perplexity": found}
+        row = {"scheme": self.model(scheme, kind), "kind": kind, **self.settings(scheme, kind), "perplexity": found}
         self.rows.append({**row, "seconds": seconds, "cpu_seconds": own, "added_mb": added})
         print(f"{scheme:<14}{kind:<19}{found:>12.3f}{own:>8.0f} CPU s{added:>8.0f} MB added to the peak", flush=True)
         timing.write_json(self.args.json, {"machine": timing.machine(self.args.threads), "rows": self.rows})
 
     def recovered(self, scheme: str, reference: str) -> float | None:
         """The share of nearest's loss against a float reference that QAT brings back; None: a row is not there."""
-        rounded, trained, exact = self.find(scheme, NEAREST), self.find(scheme, QAT), self.find(FLOAT, reference)
+        rounded, trained, exact = (self.find(scheme, kind) for kind in (NEAREST, QAT, reference))
         if rounded is None or trained is None or exact is None:
             return None
         return (rounded - trained) / (rounded - exact)
@@ -176,32 +204,32 @@ class Rows:
         def shown(value: float | None, form: str) -> str:
             return "" if value is None else format(value, form)
 
-        header = ("scheme", NEAREST, START, QAT, "recovered, of the float start", "of float trained on", "times float")
-        start, trained = self.find(FLOAT, FLOAT), self.find(FLOAT, TRAINED)
+        header = ("scheme", NEAREST, START, QAT, TRAINED, "recovered, of the float start", "of float trained on", "times float")
+        start = self.find(FLOAT, FLOAT)
         cells = []
         for scheme in SCHEMES:
             found = self.find(scheme, QAT)
             ratio = None if found is None or start is None else found / start
             shares = [shown(self.recovered(scheme, reference), ".1%") for reference in (FLOAT, TRAINED)]
-            before = [shown(self.find(scheme, kind), ",.3f") for kind in (NEAREST, START)]
-            cells.append((scheme, *before, shown(found, ".3f"), *shares, shown(ratio, ".2f")))
-        return f"float {shown(start, '.3f')}, trained on {shown(trained, '.3f')}\n{table(header, cells)}"
+            values = [shown(self.find(scheme, kind), ",.3f") for kind in (NEAREST, START, QAT, TRAINED)]
+            cells.append((scheme, *values, *shares, shown(ratio, ".2f")))
+        return f"float {shown(start, '.3f')}\n{table(header, cells)}"
 
 
 def draw(figure: Any, rows: Rows) -> None:
-    """Perplexities, a group of bars for each scheme, and both float references as lines."""
+    """Perplexities, a group of bars for each scheme, and float's as a line."""
     axes = figure.subplots()
     schemes = [scheme for scheme in SCHEMES if rows.find(scheme, NEAREST) is not None]
-    for shift, kind, color in ((-0.2, NEAREST, "tab:gray"), (0.2, QAT, "tab:blue")):
+    kinds = ((-0.3, NEAREST, "tab:gray"), (-0.1, START, "tab:orange"), (0.1, QAT, "tab:blue"), (0.3, TRAINED, "lightgray"))
+    for shift, kind, color in kinds:
         found = [(index, rows.find(scheme, kind)) for index, scheme in enumerate(schemes)]
         known = [(index + shift, value) for index, value in found if value is not None]
         if known:
-            bars = axes.bar([x for x, _ in known], [value for _, value in known], 0.4, label=kind, color=color)
-            axes.bar_label(bars, fmt="{:,.2f}", fontsize=8)
-    for kind, style in ((FLOAT, "-"), (TRAINED, "--")):
-        value = rows.find(FLOAT, kind)
-        if value is not None:
-            axes.axhline(value, color="black", linewidth=0.8, linestyle=style, label=f"{kind}: {value:.2f}")
+            bars = axes.bar([x for x, _ in known], [value for _, value in known], 0.2, label=kind, color=color)
+            axes.bar_label(bars, fmt="{:,.2f}", fontsize=7)
+    value = rows.find(FLOAT, FLOAT)
+    if value is not None:
+        axes.axhline(value, color="black", linewidth=0.8, label=f"float: {value:.2f}")
     axes.set(yscale="log", ylabel="perplexity", xticks=range(len(schemes)), xticklabels=schemes)
     axes.legend()
 
@@ -210,14 +238,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("LQ_DATA"), help="the data's folder; default: LQ_DATA")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=2, help="windows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a window of training")
-    parser.add_argument("--lr", type=float, default=1e-4, help="highest learning rate, of weights")
+    parser.add_argument("--lr", type=float, help="highest learning rate of weights; default: SCHEMES")
     parser.add_argument("--alpha", type=float, default=1.0, help="the teacher's share of the loss")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--from", dest="begin", choices=("ptq", "nearest"), default="ptq", help="where QAT starts")
-    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound, for PTQ's start")
+    parser.add_argument("--iterations", type=int, help="of AutoRound, for PTQ's start; default: SCHEMES")
     parser.add_argument("--starts", type=Path, help="a folder for what PTQ has made; what is there is not made again")
     parser.add_argument("--windows", type=int, default=32, help="of evaluation")
     parser.add_argument("--calibration", type=int, default=64, help="windows of 512 tokens that algorithms of PTQ see")
@@ -248,8 +276,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.begin == "ptq":
                 rows.measure(scheme, START, lambda scheme=scheme: experiment.perplexity(experiment.start(scheme)))
             rows.measure(scheme, QAT, lambda scheme=scheme: experiment.qat(scheme))
-    if re.search(args.only, FLOAT):
-        rows.measure(FLOAT, TRAINED, experiment.trained_on)
+    for scheme in SCHEMES:
+        if re.search(args.only, FLOAT):
+            rows.measure(scheme, TRAINED, lambda scheme=scheme: experiment.trained_on(scheme))
     print(rows.table())
     timing.figure(args.plot, lambda figure: draw(figure, rows), (7.0, 4.5))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,17 @@ NF4 = np.array(
 )
 FP4 = np.array([-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12]) / 12
 TABLES = {"nf4": NF4, "fp4": FP4}
+
+
+def thinned(*axes: Iterable[Any], of: int) -> list[Any]:
+    """All combinations; one in `of` is run by default, such that every value of each axis is in some, the others are slow."""
+    lists = [list(axis) for axis in axes]
+    assert of <= max(map(len, lists))
+    found = []
+    for index in itertools.product(*(range(len(values)) for values in lists)):
+        marks = () if sum(index) % of == 0 else (pytest.mark.slow,)
+        found.append(pytest.param(*(values[i] for values, i in zip(lists, index, strict=True)), marks=marks))
+    return found
 
 
 def spec_id(spec: QuantSpec) -> str:

@@ -23,7 +23,7 @@ from lightning_quant.activations import (
     parse_bytes,
 )
 from tests.chains import make
-from tests.helpers import assert_same_state
+from tests.helpers import assert_same_state, thinned
 
 
 def test_values_come_back_to_the_bit_from_memory_and_from_files(tmp_path: Path) -> None:
@@ -188,8 +188,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
     return made
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", ["llama", "t5", "resnet", "gemma"])
+@pytest.mark.parametrize(("name", "recipe"), thinned(["llama", "t5", "resnet", "gemma"], RECIPES, of=3))
 def test_a_small_budget_gives_the_same_to_the_bit(
     name: str, recipe: str, budgets: list[Budget], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ import lightning_quant as lq
 from lightning_quant.calibration import quantizers
 from lightning_quant.surgery import fake_modules, packed_modules
 from tests.digits import Classifier, Digits, accuracy, trainer
+from tests.helpers import thinned
 
 
 def images(count: int = 16) -> Tensor:
@@ -158,9 +159,10 @@ def test_monitors_restart_once(tmp_path: Path) -> None:
 # --- precision, short runs, accumulation ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ste", "lsq"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w8a8-dynamic"])
+@pytest.mark.parametrize(
+    ("recipe", "precision", "method"),
+    thinned(["w8a8", "w4a4", "w8a8-dynamic"], ["32-true", "bf16-mixed", "bf16-true"], ["ste", "lsq"], of=3),
+)
 def test_precision(trained: Classifier, recipe: str, precision: str, method: str) -> None:
     before = accuracy(trained)
     calibrated = trainer(precision=precision).quantize(trained, datamodule=Digits(), recipe=recipe)
@@ -178,26 +180,24 @@ def test_precision(trained: Classifier, recipe: str, precision: str, method: str
     assert 100 * host.validate(qmodel, datamodule=Digits(), verbose=False)[0]["accuracy"] > before - 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"fast_dev_run": True},
-        {"fast_dev_run": 3},
-        {"overfit_batches": 2},
-        {"inference_mode": True},
-        {"inference_mode": False},
-        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
-        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
-        {"detect_anomaly": True},
-        {"deterministic": True},
-        {"max_steps": 7},
-        {"check_val_every_n_epoch": 2},
-        {"reload_dataloaders_every_n_epochs": 1},
-        {"use_distributed_sampler": False, "barebones": False, "profiler": "simple"},
-    ],
-    ids=lambda options: "-".join(options),
-)
-@pytest.mark.parametrize("method", ["ste", "lsq"])
+OPTIONS: list[dict[str, Any]] = [
+    {"fast_dev_run": True},
+    {"fast_dev_run": 3},
+    {"overfit_batches": 2},
+    {"inference_mode": True},
+    {"inference_mode": False},
+    {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
+    {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+    {"detect_anomaly": True},
+    {"deterministic": True},
+    {"max_steps": 7},
+    {"check_val_every_n_epoch": 2},
+    {"reload_dataloaders_every_n_epochs": 1},
+    {"use_distributed_sampler": False, "barebones": False, "profiler": "simple"},
+]
+
+
+@pytest.mark.parametrize(("options", "method"), thinned(OPTIONS, ["ste", "lsq"], of=2), ids=str)
 def test_trainer_options(options: dict[str, Any], method: str) -> None:
     model = Classifier()
     callbacks: list[L.Callback] = [lq.QATCallback("w8a8", method=method, quantize_from=0.0)]
@@ -291,8 +291,7 @@ def compiled_whole(model: Classifier) -> L.LightningModule:
     return torch.compile(model, backend="eager")  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("method", ["ste", "lsq"])
-@pytest.mark.parametrize("make", [compiled_part, compiled_in_place, compiled_whole])
+@pytest.mark.parametrize(("make", "method"), thinned([compiled_part, compiled_in_place, compiled_whole], ["ste", "lsq"], of=2))
 def test_compiled_modules(trained: Classifier, make: Any, method: str) -> None:
     before = accuracy(trained)
     if make is compiled_whole:
