@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.functional import fake_quantize, lsq_fake_quantize
+from lightning_quant.kernels.kept import Kept
 from lightning_quant.methods import METHODS
 from lightning_quant.numerics import calc_qparams, qparams_shape, to_groups
 from lightning_quant.spec import QuantSpec
@@ -44,6 +45,26 @@ def both(function: Any, tensors: tuple[Tensor, ...], args: tuple[Any, ...], monk
         out.backward(torch.randn(out.shape).to(out.dtype))
         results.append([out, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     return results
+
+
+@pytest.mark.parametrize("function", [fake_quantize, lsq_fake_quantize])
+def test_what_is_used_again_is_quantized_once(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LQ_BACKEND", "triton")
+    spec, kept = QuantSpec(4), Kept()
+    x = torch.randn(7, 29, requires_grad=True)
+    scale, zero_point = qparams(x.detach(), spec, 0)
+    uses = []
+    for _ in range(4):
+        with kept.used(x, scale, zero_point):
+            uses.append(function(x, scale, zero_point, spec, 0))
+    assert len({out.data_ptr() for out in uses}) == 2  # the first, and from the second on another
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in uses]
+    assert all(torch.equal(out, uses[0]) for out in uses)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    with torch.no_grad():
+        x.mul_(2)
+    with kept.used(x, scale, zero_point):
+        assert not torch.equal(function(x, scale, zero_point, spec, 0), uses[0])
 
 
 @by_spec
