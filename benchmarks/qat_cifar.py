@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -26,6 +27,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 HERE = str(Path(__file__).resolve().parent)
@@ -51,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "best": {"method": "lsq", "distill": KIND, "long": True},
 }
 # epochs of the best, by bits
-LONG = {"w4a4": 12, "w3a3": 15, "w2a2": 30}
+LONG = {"w4a4": 12, "w3a3": 15, "w2a2": 24}
 
 
 class Experiment:
@@ -70,7 +72,8 @@ class Experiment:
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def trainer(self, epochs: int, callbacks: list[L.Callback]) -> lq.Trainer:
-        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": keeps, "enable_model_summary": False}
         options = {"max_epochs": epochs, "enable_progress_bar": False, "accelerator": "cpu"}
         return lq.Trainer(callbacks=callbacks, precision="bf16-mixed" if epochs else "32-true", **options, **quiet)
 
@@ -92,9 +95,18 @@ class Experiment:
         callbacks: list[L.Callback] = [lq.QATCallback(bits, method=options["method"], freeze_bn_at=self.args.freeze_bn_at)]
         if "distill" in options:
             callbacks.append(lq.DistillationCallback(**options["distill"]))
+        folder, resumed = None, None
+        if self.args.checkpoints is not None:
+            folder = self.args.checkpoints / re.sub(r"\W+", "-", f"{bits} {options} {epochs}")
+            callbacks += [ModelCheckpoint(folder, save_last=True), lq.RandomStateCallback()]
+            resumed = folder / "last.ckpt" if (folder / "last.ckpt").exists() else None
         trainer = self.trainer(epochs, callbacks)
-        trainer.fit(self.model(self.args.long_lr if options.get("long") else self.args.lr), datamodule=self.data)
-        return self.accuracy(trainer.quantize())
+        model = self.model(self.args.long_lr if options.get("long") else self.args.lr)
+        trainer.fit(model, datamodule=self.data, ckpt_path=resumed)
+        found = self.accuracy(trainer.quantize())
+        if folder is not None:
+            shutil.rmtree(folder)
+        return found
 
     def epochs(self, bits: str, options: dict[str, Any]) -> int:
         return 0 if not options else (self.args.long_epochs or LONG[bits]) if options.get("long") else self.args.epochs
@@ -122,6 +134,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--long-lr", type=float, default=0.04, help="highest learning rate of the best")
     parser.add_argument("--freeze-bn-at", type=float, default=0.9)
     parser.add_argument("--only", default="", help="rows this regular expression is in, such as 'w2a2 LSQ'")
+    parser.add_argument("--checkpoints", type=Path, help="a folder: killed runs go on from their last epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--limit-train", type=int)

@@ -146,6 +146,7 @@ def test_qat_of_images(tmp_path, monkeypatch, capsys):
     qat, file = load("qat_cifar", monkeypatch), tmp_path / "out.json"
     save_file(qat.ResNet20().state_dict(), tmp_path / "cifar10" / "resnet20-float.safetensors")
     given = ["--data", str(tmp_path), "--epochs", "2", "--long-epochs", "1", "--threads", "1", "--json", str(file)]
+    given += ["--checkpoints", str(tmp_path / "runs")]
     qat.main([*given, "--only", "w2a2 (PTQ|LSQ, distilled|best)", "--plot", str(tmp_path / "out.png")])
     rows = json.loads(file.read_text())["rows"]
     assert [(row["method"], row["epochs"]) for row in rows] == [
