@@ -277,7 +277,7 @@ class FakeQuantize(nn.Module):
             low, high = self.observer.measure(rows, lambda: to_groups(torch.ones_like(weight), self.spec, self.axis))
         scale, zero_point = calc_qparams(low, high, self.spec)
         if self.levels is not None:
-            scale = refit_scale(rows, scale, self.levels)
+            scale = refit_scale(rows, scale, self.levels, counts=to_groups(torch.ones_like(weight), self.spec, self.axis))
         return scale.reshape(self.scale.shape), zero_point.reshape(self.zero_point.shape)
 
     @contextlib.contextmanager

@@ -216,7 +216,7 @@ def nearest_level(ratio: Tensor, levels: tuple[int, ...]) -> Tensor:
     """
     if 0 in levels:
         return ratio.round().clamp_(levels[0], levels[-1])
-    return torch.where(ratio < 0, -1.0, 1.0)
+    return torch.where(ratio.isnan(), ratio, torch.where(ratio < 0, -1.0, 1.0))
 
 
 class _FewLevels(torch.autograd.Function):
@@ -292,13 +292,14 @@ def binary_fake_quantize(x: Tensor, scale: Tensor, spec: QuantSpec, axis: int = 
     return _few_levels(x, scale, spec, axis, elements, binary_levels(spec))
 
 
-def refit_scale(rows: Tensor, scale: Tensor, levels: tuple[int, ...], steps: int = 20) -> Tensor:
+def refit_scale(rows: Tensor, scale: Tensor, levels: tuple[int, ...], steps: int = 20, counts: Tensor | float = 1.0) -> Tensor:
     """Scales with a smaller squared error, for codes that are levels: codes and scale are made best for each other by turns.
 
     Args:
         rows: `[n_scales, elements]`.
         scale: `[n_scales]`, where to start.
-        levels: as in `nearest_level`.
+        levels: as in `nearest_level`. Where 0 is none of them, only a tiny scale does for what is all 0.
+        counts: how often each element occurs: 0 for what only fills a group up.
 
     Example:
         >>> refit_scale(torch.tensor([[-1.0, -0.9, 0.1, 1.1]]), torch.tensor([0.7]), (-1, 0, 1))
@@ -307,6 +308,6 @@ def refit_scale(rows: Tensor, scale: Tensor, levels: tuple[int, ...], steps: int
     values = rows.float()
     for _ in range(steps):
         codes = nearest_level(values / scale[:, None], levels)
-        found = (values * codes).sum(1) / codes.square().sum(1).clamp(min=1)
-        scale = torch.where(found > 0, found, scale)
+        found = (values * codes * counts).sum(1) / (codes.square() * counts).sum(1).clamp(min=1)
+        scale = torch.where(found > 0, found, scale if 0 in levels else MIN_SCALE)
     return scale

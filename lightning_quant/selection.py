@@ -98,9 +98,10 @@ class Selection:
         """Raises ValueError if a method would give other values to weights that stand still."""
         if self.patterns is not None and self.rest == "quantized" and get_method(method).weight.transform is not None:
             plain = ", ".join(name for name, entry in METHODS.items() if entry.weight.transform is None)
+            way = "" if self.scales else "rest='float', or "
             raise ValueError(
                 f"train={SCALES if self.scales else self.patterns!r} with method={method!r}, which transforms weights: those that "
-                f"stand still would not be the model's own any more. Use rest='float', or another method ({plain})"
+                f"stand still would not be the model's own any more. Use {way}another method ({plain})"
             )
 
     def cut(self, model: nn.Module, plan: Plan) -> Plan:

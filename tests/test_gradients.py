@@ -196,3 +196,6 @@ def test_a_refitted_scale_has_less_error() -> None:
     assert (error(scale) <= around.min(0).values * 1.02).all()
     assert refit_scale(torch.zeros(1, 4), torch.ones(1), (-1, 0, 1)).item() == 1
     torch.testing.assert_close(refit_scale(x, start, (-1, 1)), x.abs().mean(1))
+    counts = torch.ones_like(x)
+    counts[:, 300:] = 0  # which only fill a group up
+    torch.testing.assert_close(refit_scale(x * counts, start, (-1, 1), counts=counts), x[:, :300].abs().mean(1))

@@ -158,6 +158,31 @@ def test_a_wide_weight_stays_within_the_codes(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", FEW)
+def test_what_is_zero_stays_zero(method: str) -> None:
+    """Heads that start at 0, and channels that were pruned."""
+    model = nn.Sequential(nn.Linear(24, 7))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[0].bias.zero_()
+    prepare(model, recipe(method, None), method=method)
+    set_flags(model, quantizing=True)
+    x = torch.randn(5, 24)
+    for found in (model(x), convert(model)(x)):
+        assert found[:, :3].abs().max() < 1e-4
+        assert found[:, 3:].abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_scales_of_ragged_groups_are_those_of_what_is_in_them(method: str) -> None:
+    model = nn.Sequential(nn.Linear(48, 8))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.where(torch.rand(8, 48) < 0.5, -0.25, 0.25))
+    prepare(model, Recipe(QuantScheme(QuantSpec(2, granularity="group", group_size=32))), method=method)
+    set_flags(model, quantizing=True)
+    torch.testing.assert_close(model[0].weight_fake_quant.scale, torch.full((8, 2), 0.25))
+
+
+@pytest.mark.parametrize("method", FEW)
 def test_oscillating_weights_are_held_at_a_code_in_use(method: str) -> None:
     levels = FEW[method]
     track = start_track(torch.zeros(4, dtype=torch.int8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +37,6 @@ class Kept:
         Args:
             made_from: tensors that the result depends on, and whatever else can be compared.
         """
-        global _keeping
         state = tuple((id(x), x.data_ptr(), x._version) if isinstance(x, Tensor) else x for x in made_from)
         if state != self._state:
             self.drop()
@@ -46,29 +46,36 @@ class Kept:
         if not self._often and self._uses < 2:
             yield
             return
-        before, _keeping = _keeping, self
+        before, _now.kept = _now.kept, self
         try:
             yield
         finally:
-            _keeping = before
+            _now.kept = before
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, ()
+        return type(None), ()  # nobody would drop what a copy keeps
 
 
-# whose weight is being quantized
-_keeping: Kept | None = None
+class _Now(threading.local):
+    """Whose weight a thread is quantizing."""
+
+    kept: Kept | None = None
+
+
+_now = _Now()
 
 
 def once(make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """What a kernel makes, its quantized tensor first; of a weight that is kept, what it has made before."""
-    if _keeping is None:
+    kept = _now.kept
+    if kept is None:
         return make()
-    if _keeping.made is None:
-        _keeping.made = make()
-    return _keeping.made[0].detach(), *_keeping.made[1:]
+    if kept.made is None:
+        kept.made = make()
+    return kept.made[0].detach(), *kept.made[1:]
 
 
 def made_now() -> Tensor | None:
     """The tensor that is kept of the weight that is being quantized, if any."""
-    return None if _keeping is None or _keeping.made is None else _keeping.made[0]
+    kept = _now.kept
+    return None if kept is None or kept.made is None else kept.made[0]

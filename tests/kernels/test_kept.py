@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,6 @@ from lightning_quant.calibration import drop_weights, keep_weights, quantizers, 
 from lightning_quant.callbacks import qat
 from lightning_quant.fake_quant import FakeQuantize
 from lightning_quant.kernels import native
-from lightning_quant.kernels.kept import Kept
 from lightning_quant.kernels.native import fake
 from lightning_quant.methods import METHODS
 from lightning_quant.surgery import prepare
@@ -189,12 +189,40 @@ def test_a_layer_that_is_used_twice_is_quantized_once() -> None:
         assert torch.equal(kept, plain)
 
 
-def test_copies_start_empty() -> None:
+def test_copies_keep_nothing() -> None:
     model, part = raw()
     for _ in range(3):
         model(torch.randn(3, 16))
     assert part.kept is not None
     assert part.kept.made is not None
-    for other in (copy.deepcopy(part.kept), pickle.loads(pickle.dumps(part.kept))):
-        assert isinstance(other, Kept)
-        assert other.made is None
+    for other in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert other.kept is None
+
+
+def test_threads_have_weights_of_their_own() -> None:
+    """A model whose weights are kept trains while another one runs."""
+    torch.manual_seed(0)
+    (one, part), (two, _) = raw(), raw(method="lsq")
+    keep_weights(two, False)
+    x, wrong, stop = torch.randn(3, 16), [], threading.Event()
+    want = two(x)
+
+    def others() -> None:
+        while not stop.is_set():
+            try:
+                wrong.extend([] if torch.equal(two(x), want) else ["value"])
+            except Exception as error:
+                wrong.append(repr(error))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(300):
+            for _ in range(3):
+                one(x)
+            drop_weights(one)
+    finally:
+        stop.set()
+        thread.join()
+    assert part.kept is not None
+    assert wrong == []
