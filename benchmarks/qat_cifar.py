@@ -97,16 +97,28 @@ class Experiment:
             callbacks.append(lq.DistillationCallback(**options["distill"]))
         folder, resumed = None, None
         if self.args.checkpoints is not None:
-            folder = self.args.checkpoints / re.sub(r"\W+", "-", f"{bits} {options} {epochs}")
+            run = self.settings(epochs, self.lr(options))
+            folder = self.args.checkpoints / re.sub(r"[^\w.]+", "-", f"{bits} {options} {run}")
             callbacks += [ModelCheckpoint(folder, save_last=True), lq.RandomStateCallback()]
             resumed = folder / "last.ckpt" if (folder / "last.ckpt").exists() else None
         trainer = self.trainer(epochs, callbacks)
-        model = self.model(self.args.long_lr if options.get("long") else self.args.lr)
+        model = self.model(self.lr(options))
         trainer.fit(model, datamodule=self.data, ckpt_path=resumed)
         found = self.accuracy(trainer.quantize())
         if folder is not None:
             shutil.rmtree(folder)
         return found
+
+    def limits(self) -> dict[str, Any]:
+        return {"limit_train": self.args.limit_train, "limit_test": self.args.limit_test}
+
+    def settings(self, epochs: int, lr: float = 0.0) -> dict[str, Any]:
+        """What a row depends on, besides its bits and method; rates and seeds are for what trains."""
+        trained = {"lr": lr, "freeze_bn_at": self.args.freeze_bn_at, "seed": self.args.seed} if epochs else {}
+        return {"epochs": epochs, **self.limits(), **trained}
+
+    def lr(self, options: dict[str, Any]) -> float:
+        return self.args.long_lr if options.get("long") else self.args.lr
 
     def epochs(self, bits: str, options: dict[str, Any]) -> int:
         return 0 if not options else (self.args.long_epochs or LONG[bits]) if options.get("long") else self.args.epochs
@@ -150,22 +162,26 @@ def main(given: Sequence[str] | None = None) -> None:
     experiment = Experiment(args)
     rows: list[dict[str, Any]] = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
 
-    def measure(bits: str, method: str, epochs: int, make: Any) -> None:
-        if any((row["bits"], row["method"], row["epochs"]) == (bits, method, epochs) for row in rows):
+    def measure(bits: str, method: str, settings: dict[str, Any], make: Any) -> None:
+        wanted = {"bits": bits, "method": method, **settings}
+        if any(wanted.items() <= row.items() for row in rows):
             return
         start = time.perf_counter()
-        found = {"bits": bits, "method": method, "epochs": epochs, "accuracy": make(), "seconds": time.perf_counter() - start}
+        found = {**wanted, "accuracy": make(), "seconds": time.perf_counter() - start}
         rows.append(found)
-        print(f"{bits:<6}{method:<18}{epochs:>4} epochs{found['accuracy']:>8.2f}{found['seconds']:>8.0f} s", flush=True)
+        print(f"{bits:<6}{method:<18}{settings['epochs']:>4} epochs{found['accuracy']:>8.2f}{found['seconds']:>8.0f} s", flush=True)
         timing.write_json(args.json, {"machine": timing.machine(args.threads), "rows": rows})
 
-    measure("float", "start", 0, lambda: experiment.float(0))
+    measure("float", "start", experiment.settings(0), lambda: experiment.float(0))
     if re.search(args.only, "float trained on"):
-        measure("float", "trained on", args.epochs, lambda: experiment.float(args.epochs))
+        measure("float", "trained on", experiment.settings(args.epochs, args.lr), lambda: experiment.float(args.epochs))
     for bits in BITS:
         for name, options in METHODS.items():
             if re.search(args.only, f"{bits} {name}"):
-                measure(bits, name, experiment.epochs(bits, options), lambda b=bits, o=options: experiment.run(b, o))
+                settings = experiment.settings(experiment.epochs(bits, options), experiment.lr(options))
+                measure(bits, name, settings, lambda b=bits, o=options: experiment.run(b, o))
+    limits = experiment.limits().items()
+    rows = [row for row in rows if limits <= row.items()]
     exact = next(row["accuracy"] for row in rows if row["method"] == "start")
     shown = [
         (row["bits"], row["method"], row["epochs"], f"{row['accuracy']:.2f}", f"{row['accuracy'] - exact:+.2f}") for row in rows

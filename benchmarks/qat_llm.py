@@ -9,9 +9,10 @@ all linear layers but the head are quantized. Training: windows of the text past
 
 "nearest" rounds and does not train. "start" is where QAT starts: what PTQ (`ALGORITHMS`) makes of `--calibration` windows of the
 text that it trains on, whose scales learn from there (method "lsq"); or with `--from nearest` the rounded weights, whose ranges
-follow them (method "ste"). `--starts` keeps PTQ's models in a folder, for another run. "float, trained on" is the model trained in
-float on the same tokens for the same steps at the same rate: what the training alone is worth. Recovery is
-(nearest - QAT) / (nearest - reference), against the float start and this one.
+follow them (method "ste"). `--starts` keeps PTQ's models in a folder, for another run on the same text: a row "start" that is
+measured then has the time of loading it. "float, trained on" is the model trained in float on the same tokens for the same steps at
+the same rate: what the training alone is worth. Recovery is (nearest - QAT) / (nearest - reference), against the float start and
+this one.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class Experiment:
             return self.started[scheme]
         folder = None
         if self.args.starts is not None:
-            folder = self.args.starts / f"{scheme}-{self.args.calibration}-{setting(self.args, scheme).iterations}"
+            made_by = f"{self.args.calibration}-{setting(self.args, scheme).iterations}"
+            folder = self.args.starts / f"{self.args.model.name}-{scheme}-{made_by}"
         module = self.module(setting(self.args, scheme).lr)
         if folder is not None and folder.exists():
             made = lq.load_quantized(module, folder)
@@ -160,7 +162,7 @@ class Rows:
 
     def settings(self, scheme: str, kind: str) -> Row:
         """What a row depends on, besides its scheme and kind; of the float model trained on, the scheme gives the rate."""
-        always: Row = {"windows": self.args.windows}
+        always: Row = {"model": self.args.model.name, "windows": self.args.windows}
         if kind in (FLOAT, NEAREST):
             return always
         if kind in (START, QAT):
@@ -169,7 +171,7 @@ class Rows:
             always |= ptq if self.args.begin == "ptq" else {}
         if kind == START:
             return always
-        trained = {"steps": self.args.steps, "tokens": self.args.steps * self.args.batch * self.args.length}
+        trained = {key: getattr(self.args, key) for key in ("steps", "batch", "length", "seed")}
         trained["lr"] = setting(self.args, scheme).lr
         taught = {"alpha": self.args.alpha, "temperature": self.args.temperature} if kind == QAT else {}
         return {**always, **trained, **taught}
@@ -275,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.measure(scheme, NEAREST, lambda scheme=scheme: experiment.nearest(scheme))
             if args.begin == "ptq":
                 rows.measure(scheme, START, lambda scheme=scheme: experiment.perplexity(experiment.start(scheme)))
+                if rows.find(scheme, QAT) is None:
+                    experiment.start(scheme)  # its time and memory are not QAT's
             rows.measure(scheme, QAT, lambda scheme=scheme: experiment.qat(scheme))
     for scheme in SCHEMES:
         if re.search(args.only, FLOAT):
