@@ -52,6 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "EWGS, distilled": {"method": "ewgs", "distill": KIND},
     "best": {"method": "lsq", "distill": KIND, "long": True},
 }
+# where bars end that would be longer
+LEAST = -6.0
 # epochs of the best, by bits
 LONG = {"w4a4": 12, "w3a3": 15, "w2a2": 24}
 
@@ -127,13 +129,15 @@ class Experiment:
 def draw(figure: Any, rows: list[dict[str, Any]], exact: float) -> None:
     """Accuracy less the float start's, a group of bars for each number of bits."""
     axes = figure.subplots(len(BITS), 1, squeeze=False)[:, 0]
+    order = list(METHODS)
     for shown, bits in zip(axes, BITS, strict=True):
-        mine = [row for row in rows if row["bits"] == bits]
+        mine = sorted((row for row in rows if row["bits"] == bits), key=lambda row: order.index(row["method"]))
         names = [f"{row['method']} ({row['epochs']})" for row in mine]
-        bars = shown.barh(names, [row["accuracy"] - exact for row in mine], color="tab:blue")
-        shown.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        less = [row["accuracy"] - exact for row in mine]
+        bars = shown.barh(names, [max(value, LEAST) for value in less], color="tab:blue")
+        shown.bar_label(bars, labels=[f"{value:+.2f}" for value in less], padding=3, fontsize=8)
         shown.axvline(0.0, color="black", linewidth=0.8)
-        shown.set(title=bits, xlabel="accuracy less float's, points (epochs)", xlim=(-15, 2))
+        shown.set(title=bits, xlabel="accuracy less float's, points (epochs)", xlim=(LEAST - 1, 1))
         shown.invert_yaxis()
 
 

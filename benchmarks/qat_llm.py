@@ -44,6 +44,8 @@ import lightning_quant as lq  # noqa: E402
 from lightning_quant.report import table  # noqa: E402
 
 TRAIN_FROM = 100_000
+# where bars end that would be longer
+MOST = 30.0
 
 
 class Setting(NamedTuple):
@@ -227,12 +229,12 @@ def draw(figure: Any, rows: Rows) -> None:
         found = [(index, rows.find(scheme, kind)) for index, scheme in enumerate(schemes)]
         known = [(index + shift, value) for index, value in found if value is not None]
         if known:
-            bars = axes.bar([x for x, _ in known], [value for _, value in known], 0.2, label=kind, color=color)
-            axes.bar_label(bars, fmt="{:,.2f}", fontsize=7)
+            bars = axes.bar([x for x, _ in known], [min(value, MOST) for _, value in known], 0.2, label=kind, color=color)
+            axes.bar_label(bars, labels=[f"{value:,.{1 if value < 1000 else 0}f}" for _, value in known], fontsize=7)
     value = rows.find(FLOAT, FLOAT)
     if value is not None:
         axes.axhline(value, color="black", linewidth=0.8, label=f"float: {value:.2f}")
-    axes.set(yscale="log", ylabel="perplexity", xticks=range(len(schemes)), xticklabels=schemes)
+    axes.set(ylabel="perplexity", ylim=(0, 1.1 * MOST), xticks=range(len(schemes)), xticklabels=schemes)
     axes.legend()
 
 
