@@ -23,7 +23,7 @@ ORDER = [
     *("kernels.triton.configs", "kernels.triton.support", "kernels.triton.device"),
     "kernels.kept",
     *("kernels.triton.quantize", "kernels.triton.fake_quant", "kernels.triton.weights", "kernels.triton.int8"),
-    *("kernels.native.build", "kernels.native", "kernels.native.fake", "kernels.cpu_fake_quant"),
+    *("kernels.native.build", "kernels.native", "kernels.native.buffers", "kernels.native.fake", "kernels.cpu_fake_quant"),
     *("grids", "observers.base", "observers.histogram", "observers", "gradients", "functional", "fake_quant", "methods"),
     *("kernels.reference", "kernels.prepack", "kernels.onednn"),
     *(f"kernels.images.{name}" for name in ("graph", "program", "compiler")),

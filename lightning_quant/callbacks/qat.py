@@ -40,6 +40,7 @@ from lightning_quant.companions import (
     restart_monitors,
     total_steps,
 )
+from lightning_quant.kernels.native import buffers
 from lightning_quant.methods import get_method, resolve_options
 from lightning_quant.mixed import Sensitivity
 from lightning_quant.nn.base import described_modules
@@ -313,6 +314,7 @@ class QATCallback(L.Callback):
         link_ranks(module, False)
         set_share(module, 1.0)
         keep_weights(module, False)
+        buffers.clear()
         self._thaw()
         self.selection.release()
         self._phase = None

@@ -75,6 +75,11 @@ def once(make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     return kept.made[0].detach(), *kept.made[1:]
 
 
+def is_kept() -> bool:
+    """Whether what is quantized now is a weight that is kept."""
+    return _now.kept is not None
+
+
 def made_now() -> Tensor | None:
     """The tensor that is kept of the weight that is being quantized, if any."""
     kept = _now.kept

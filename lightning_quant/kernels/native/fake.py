@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.kernels import native
+from lightning_quant.kernels.kept import is_kept
+from lightning_quant.kernels.native import buffers
 from lightning_quant.numerics import max_value, qrange
 from lightning_quant.spec import QuantSpec
 
@@ -145,6 +147,16 @@ def _args(x: Tensor, y: Tensor, scale: Tensor, zero_point: Tensor, layout: Layou
     )
 
 
+def _made_of(rows: Tensor) -> Tensor:
+    """Where the quantized tensor goes: it lives for one layer, unless it is kept."""
+    return torch.empty_like(rows) if is_kept() else buffers.empty_like(rows)
+
+
+def _gradient_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Where the gradient goes: a parameter's stays."""
+    return torch.empty_like(rows) if x.is_leaf else buffers.empty_like(rows)
+
+
 def _check(found: int) -> int:
     if found & FAILED:
         raise MemoryError("fake quantization: no memory for partial results")
@@ -159,7 +171,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout, learn
         learned: nan stays nan; else it takes the lowest code.
     """
     rows = dense(x, layout)
-    y = torch.empty_like(rows)
+    y = _made_of(rows)
     found = _library().lq_fake_quantize(_args(rows, y, scale, zero_point, layout, range=GIVEN, keep_nan=learned))
     return y, bool(_check(found) & CLIPPED)
 
@@ -176,7 +188,7 @@ def quantize_measured(x: Tensor, layout: Layout, seen: Seen | None = None) -> tu
         the quantized tensor, its scale and zero point, flat, and bits: CLIPPED, NOT_FINITE.
     """
     rows, spec = dense(x, layout), layout.spec
-    y = torch.empty_like(rows)
+    y = _made_of(rows)
     scale = torch.empty(layout.scales, dtype=torch.float32)
     zero_point = torch.empty(layout.scales, dtype=torch.int32)
     more: dict[str, Any] = {"range": NOW, "symmetric": spec.symmetric, "bound": max_value(spec)}
@@ -220,7 +232,7 @@ def _like(grad: Tensor, rows: Tensor) -> Tensor:
 def mask(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout) -> Tensor:
     """The gradient by `x`: that of the quantized tensor where `x` is inside of the range, else 0."""
     rows = dense(x, layout)
-    slope, by_x = _like(grad, rows), torch.empty_like(rows)
+    slope, by_x = _like(grad, rows), _gradient_of(x, rows)
     _library().lq_fake_mask(_args(rows, by_x, scale, zero_point, layout, grad=slope.data_ptr()))
     return by_x
 
@@ -230,7 +242,7 @@ def learn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by `x`, scale and zero point of `numerics.lsq_gradients`; sums are made in one order, whatever the threads."""
     rows = dense(x, layout)
-    slope, by_x = _like(grad, rows), torch.empty_like(rows)
+    slope, by_x = _like(grad, rows), _gradient_of(x, rows)
     by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero_point)
     args = _args(rows, by_x, scale, zero_point, layout, grad=slope.data_ptr())
     _check(_library().lq_fake_learn(args, by_scale.data_ptr(), by_zero.data_ptr(), factor))
