@@ -144,7 +144,8 @@ def test_layers_that_are_done_one_by_one_are_equalized_too(after: str) -> None:
     model, pairs, batches = make("vgg")
     errors = {}
     for algorithms in ([after], ["equalization", after]):
-        qmodel = lq.quantize(model, lq.Recipe(W8, algorithms=algorithms), batches)
+        options = {"adaround": {"iterations": 30}} if after == "adaround" else {}
+        qmodel = lq.quantize(model, lq.Recipe(W8, algorithms=algorithms, algorithm_options=options), batches)
         with torch.no_grad():
             errors[len(algorithms)] = sum((qmodel(batch) - model(batch)).square().sum().item() for batch in batches)
     assert errors[2] < 0.1 * errors[1]
