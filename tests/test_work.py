@@ -20,15 +20,15 @@ from lightning_quant import work
 from lightning_quant.sequential import packable, tied, untie_floats
 from lightning_quant.surgery import fake_modules, prepare
 from tests.chains import make
+from tests.forking import run_forked
 from tests.helpers import assert_same_state
-from tests.work_worker import BLOCKS, batches, llama, quantize, recipe, result
+from tests.work_worker import BLOCKS, batches, llama, main, quantize, recipe, result
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(name: str, folder: Path, out: Path, *kill: int) -> int:
-    command = [sys.executable, "-m", "tests.work_worker", name, str(folder), str(out), *map(str, kill)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode
+    return run_forked(main, name, folder, out, *kill)
 
 
 def killed(name: str, folder: Path, kills: list[int]) -> set[str]:

@@ -1,14 +1,9 @@
-"""Quantizes a tiny Llama in a process that may kill itself: `python -m tests.work_worker RECIPE FOLDER OUT [KILL_AFTER]`.
-
-With KILL_AFTER it ends with SIGKILL in the middle of writing the file of the unit after that many; else OUT gets the packed model's
-state_dict and the summary.
-"""
+"""Quantizes a tiny Llama in a process that may kill itself."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +74,9 @@ def die_after(count: int) -> None:
     work.save_file = save_file
 
 
-def main() -> None:
-    name, folder, out, *kill = sys.argv[1:]
+def main(name: str, folder: Path, out: Path, kill: int | None = None) -> None:
+    """Save the packed model's state_dict and the summary to `out`, unless it dies in the middle of the file after `kill` units."""
     torch.set_num_threads(1)
-    if kill:
-        die_after(int(kill[0]))
-    torch.save(result(quantize(name, Path(folder))), out)
-
-
-if __name__ == "__main__":
-    main()
+    if kill is not None:
+        die_after(kill)
+    torch.save(result(quantize(name, folder)), out)

@@ -1,10 +1,9 @@
-"""A fine-tune in a process of its own, which may kill itself: `python -m tests.callbacks.lora_resume_worker FOLDER STEP`."""
+"""A fine-tune in a process of its own, which may kill itself."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ class Kill(L.Callback):
 
 
 def run(folder: Path, step: int) -> None:
+    torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     model = Model()
     ids = torch.randint(0, VOCABULARY, (4 * BATCHES, 12), generator=torch.Generator().manual_seed(1))
@@ -46,8 +46,3 @@ def run(folder: Path, step: int) -> None:
     trainer = L.Trainer(max_epochs=EPOCHS, plugins=[lq.QuantPrecision("nf4")], callbacks=callbacks, **options)
     last = folder / "last.ckpt"
     trainer.fit(model, DataLoader(ids, batch_size=4, shuffle=True), ckpt_path=str(last) if last.exists() else None)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,12 +1,10 @@
-"""One fit in a process of its own, which may kill itself: `python -m tests.callbacks.resume_worker '{"folder": ...}'`."""
+"""One fit in a process of its own, which may kill itself."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import sys
 from typing import Any
 
 import lightning as L
@@ -98,13 +96,11 @@ def fit(
     """Train to the end and save `final.ckpt`.
 
     Args:
-        options: more of `QATCallback`'s, `bits` as pairs; with `scale_lr` the optimizer has one group.
+        options: more of `QATCallback`'s; with `scale_lr` the optimizer has one group.
         mode: "epoch": a plain DataLoader, checkpoints after each epoch's validation; "step": a stateful one, without
             validation, and a checkpoint at every third optimizer step but one.
     """
     torch.set_num_threads(1)
-    if options and "bits" in options:  # keys of JSON are strings
-        options = {**options, "bits": dict(options["bits"])}
     L.seed_everything(seed, verbose=False)
     loader = (StatefulDataLoader if mode == "step" else DataLoader)(Noisy(), 4, shuffle=True)
     every: dict[str, Any] = {"every_n_train_steps": 2} if mode == "step" else {}
@@ -132,7 +128,3 @@ def fit(
         Model(grouped="scale_lr" not in (options or {})), loader, DataLoader(Noisy(), 4), ckpt_path=resume, weights_only=True
     )
     trainer.save_checkpoint(os.path.join(folder, "final.ckpt"))
-
-
-if __name__ == "__main__":
-    fit(**json.loads(sys.argv[1]))

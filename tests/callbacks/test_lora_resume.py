@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.callbacks.lora_resume_worker import BATCHES, EPOCHS
-
-ROOT = Path(__file__).parents[2]
+from tests.callbacks.lora_resume_worker import BATCHES, EPOCHS, run
+from tests.forking import run_forked
 
 
 def fit(folder: Path, step: int) -> int:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.callbacks.lora_resume_worker", str(folder), str(step)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-    return done.returncode
+    return run_forked(run, folder, step)
 
 
 def equal(one: Any, two: Any) -> bool:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.callbacks.resume_worker import ACCUMULATE, BATCHES
+from tests.callbacks.resume_worker import ACCUMULATE, BATCHES, fit
+from tests.forking import run_forked
 
-ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, dict[str, Any]] = {
     "ste": {"method": "ste", "recipe": "w8a8"},
     "lsq": {"method": "lsq", "recipe": "w4a4"},
@@ -33,12 +30,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "widths": {
         "method": "lsq",
         "recipe": "w2a2",
-        "options": {"bits": [[0, 8], [1, 4], [0.6, 2]], "quantize_activations_from": 0.4, "quant_noise": 0.5},
+        "options": {"bits": {0: 8, 1: 4, 0.6: 2}, "quantize_activations_from": 0.4, "quant_noise": 0.5},
     },
     "widths-observed": {
         "method": "ste",
         "recipe": {"scheme": "w3a3", "edges": None},
-        "options": {"bits": [[0, 8], [0.4, 3]], "quantize_activations_from": 2, "quant_noise": 0.8, "oscillation": "freeze"},
+        "options": {"bits": {0: 8, 0.4: 3}, "quantize_activations_from": 2, "quant_noise": 0.8, "oscillation": "freeze"},
     },
     "pact": {"method": "pact", "recipe": "w4a4", "options": {"scale_lr": 0.5, "method_options": {"regularization": 0.1}}},
 }
@@ -68,12 +65,7 @@ QUICK = {
 
 
 def run(**options: Any) -> int:
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.resume_worker", json.dumps(options)], cwd=ROOT, capture_output=True, text=True
-    )
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise AssertionError(process.stderr[-3000:])
-    return process.returncode
+    return run_forked(fit, **options)
 
 
 def load(path: Path) -> dict[str, Any]:
