@@ -816,7 +816,7 @@ def test_gradient_checkpointing_of_transformers() -> None:
         assert torch.allclose(value, found[1][name], atol=1e-5), name
 
 
-def test_adapters_on_a_packed_base_are_taught_by_the_float_one() -> None:
+def test_adapters_on_a_packed_base_are_taught_by_the_float_one(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     net = tiny()
     with torch.no_grad():
@@ -832,8 +832,10 @@ def test_adapters_on_a_packed_base_are_taught_by_the_float_one() -> None:
             seen.append(trainer.callback_metrics["distill/loss"].item())
 
     precision = lq.QuantPrecision("nf4", compute_dtype="fp32")
-    host = trainer(20, distill, lq.LoRACallback(r=8), Watch(), plugins=[precision], fast_dev_run=False)
+    adapters = lq.LoRACallback(r=8, adapter_dir=str(tmp_path / "adapter"))
+    host = trainer(20, distill, adapters, Watch(), plugins=[precision], fast_dev_run=False)
     host.fit(model, DataLoader([batch], batch_size=None))
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
     assert 0 < seen[-1] < 0.5 * seen[0]  # what packing has cost is learned back
     model = lq.CausalLMModule(tiny())
     with pytest.raises(MisconfigurationException, match="list DistillationCallback before LoRACallback"):

@@ -1,4 +1,4 @@
-"""Strategy x precision x feature: what docs/lightning.md promises, measured by one launch of `worker.py` for each strategy."""
+"""Strategy x precision x feature: what docs/lightning.md promises, measured by launches of `worker.py` for each strategy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,11 @@ COLUMNS = {
 }
 CELLS = [(strategy, precision, feature) for strategy in STRATEGIES for precision in PRECISIONS for feature in FEATURES]
 SECONDS = 300
+# make test-all has the other precisions, in a launch of their own
+USUAL = ("32-true", "bf16-mixed")
 
 Cell = dict[str, Any]
-Launch = Callable[[str], tuple[dict[str, Cell], str]]
+Launch = Callable[..., tuple[dict[str, Cell], str]]
 
 
 def group(strategy: str) -> Any:
@@ -54,9 +56,13 @@ def group(strategy: str) -> Any:
     return pytest.mark.xdist_group(f"strategies-{strategy}")
 
 
-def run_worker(strategy: str, out: Path) -> str:
+def marks(strategy: str, precision: str) -> list[Any]:
+    return [group(strategy)] if precision in USUAL else [group(f"{strategy}-{precision}"), pytest.mark.slow]
+
+
+def run_worker(strategy: str, precisions: Sequence[str], out: Path) -> str:
     """What the processes wrote beside their results."""
-    command = ["-m", "tests.strategies.worker", strategy, str(out)]
+    command = ["-m", "tests.strategies.worker", strategy, str(out), *precisions]
     if strategy != "one":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
     process = subprocess.Popen(
@@ -78,7 +84,7 @@ def run_worker(strategy: str, out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """The cells of a strategy as far as they got, and what was written; launched when the first test asks for them.
+    """A strategy's cells in some precisions as far as they got, and what was written; launched when the first test asks for them.
 
     One launch serves all processes of pytest-xdist, however the tests are spread over them.
     """
@@ -87,12 +93,13 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         folder = folder.parent
 
     @cache
-    def once(strategy: str) -> tuple[dict[str, Cell], str]:
-        out, log = folder / f"strategies-{strategy}.json", folder / f"strategies-{strategy}.log"
+    def once(strategy: str, *precisions: str) -> tuple[dict[str, Cell], str]:
+        name = "-".join(["strategies", strategy, *precisions])
+        out, log = folder / f"{name}.json", folder / f"{name}.log"
         with open(log.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not log.exists():
-                log.write_text(run_worker(strategy, out))
+                log.write_text(run_worker(strategy, precisions, out))
         return (json.loads(out.read_text()) if out.is_file() else {}), log.read_text()
 
     return once
@@ -100,7 +107,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 def results(launch: Launch, name: str) -> list[Cell]:
     """What each rank got in a cell."""
-    cells, told = launch(name.partition("-")[0])
+    strategy, _, rest = name.partition("-")
+    cells, told = launch(strategy, *([other for other in PRECISIONS if rest.startswith(other) and other not in USUAL] or USUAL))
     assert name in cells, f"the launch ended before {name}:\n{told[-4000:]}"
     return cells[name]["ranks"]
 
@@ -207,7 +215,7 @@ CHECKS = {
 
 @pytest.mark.parametrize(
     ("strategy", "precision", "feature"),
-    [pytest.param(*cell, id="-".join(cell), marks=group(cell[0])) for cell in CELLS],
+    [pytest.param(*cell, id="-".join(cell), marks=marks(*cell[:2])) for cell in CELLS],
 )
 def test_cell(launch: Launch, strategy: str, precision: str, feature: str) -> None:
     ranks = results(launch, f"{strategy}-{precision}-{feature}")

@@ -1,7 +1,7 @@
-"""All cells of one strategy, with their raw results in a JSON file, written by rank 0 after each cell.
+"""The cells of one strategy in some precisions, with their raw results in a JSON file, written by rank 0 after each cell.
 
-python -m tests.strategies.worker one out.json
-python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.strategies.worker <ddp|fsdp2> out.json
+python -m tests.strategies.worker one out.json 32-true
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.strategies.worker <ddp|fsdp2> out.json 32-true bf16-mixed
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ class Results:
             self.path.write_text(json.dumps(self.cells, indent=1))
 
 
-def main(strategy: str, outfile: str) -> None:
+def main(strategy: str, outfile: str, *precisions: str) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(1)
     path = Path(outfile)
@@ -343,7 +343,7 @@ def main(strategy: str, outfile: str) -> None:
     folder.mkdir(exist_ok=True)
     results = Results(path, folder)
     calibrated_alone()
-    for precision in PRECISIONS:
+    for precision in precisions:
         cells = Cells(strategy, precision, folder)
         for feature, cell in FEATURES.items():
             results.run(f"{strategy}-{precision}-{feature}", lambda cell=cell, cells=cells: cell(cells))
