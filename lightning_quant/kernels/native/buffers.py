@@ -15,7 +15,7 @@ from torch import Tensor
 
 # bytes: smaller blocks are not given back, larger ones too much to hold on to
 SMALLEST, LARGEST = 1 << 17, 1 << 26
-# of a thread; two for each tensor that lives at the same time, in a forward and in a backward pass
+# of a thread: a layer's input and weight, in two sizes
 COUNT = 4
 # a block is used for what takes at least this part of it
 FULL = 0.5

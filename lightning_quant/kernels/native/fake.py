@@ -152,11 +152,6 @@ def _made_of(rows: Tensor) -> Tensor:
     return torch.empty_like(rows) if is_kept() else buffers.empty_like(rows)
 
 
-def _gradient_of(x: Tensor, rows: Tensor) -> Tensor:
-    """Where the gradient goes: a parameter's stays."""
-    return torch.empty_like(rows) if x.is_leaf else buffers.empty_like(rows)
-
-
 def _check(found: int) -> int:
     if found & FAILED:
         raise MemoryError("fake quantization: no memory for partial results")
@@ -232,7 +227,7 @@ def _like(grad: Tensor, rows: Tensor) -> Tensor:
 def mask(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, layout: Layout) -> Tensor:
     """The gradient by `x`: that of the quantized tensor where `x` is inside of the range, else 0."""
     rows = dense(x, layout)
-    slope, by_x = _like(grad, rows), _gradient_of(x, rows)
+    slope, by_x = _like(grad, rows), torch.empty_like(rows)
     _library().lq_fake_mask(_args(rows, by_x, scale, zero_point, layout, grad=slope.data_ptr()))
     return by_x
 
@@ -242,7 +237,7 @@ def learn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by `x`, scale and zero point of `numerics.lsq_gradients`; sums are made in one order, whatever the threads."""
     rows = dense(x, layout)
-    slope, by_x = _like(grad, rows), _gradient_of(x, rows)
+    slope, by_x = _like(grad, rows), torch.empty_like(rows)
     by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero_point)
     args = _args(rows, by_x, scale, zero_point, layout, grad=slope.data_ptr())
     _check(_library().lq_fake_learn(args, by_scale.data_ptr(), by_zero.data_ptr(), factor))
