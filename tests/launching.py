@@ -17,8 +17,9 @@ from tests.forking import run_together
 def _rank(module: str, folder: str, rank: int, port: int) -> None:
     """Run a module as torchrun does."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": 1}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     os.environ.update({key: str(value) for key, value in {**ranks, **meeting}.items()})
+    torch.set_num_threads(1)
     sys.argv = [module, folder]
     runpy.run_module(module, run_name="__main__")
 
